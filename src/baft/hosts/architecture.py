@@ -1,0 +1,109 @@
+"""Where the blocks of a decoder are: found by structure, never by the model's name.
+
+A host's stack is the outermost `ModuleList` with as many members as the config has hidden layers. That
+holds for every decoder-only family in transformers (`model.layers`, `transformer.h`, `gpt_neox.layers`,
+`model.decoder.layers`) and below the wrappers of peft.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from baft.errors import ConfigError, UnsupportedHostError
+
+
+class Site(NamedTuple):
+    """Where an intervention acts: the output of decoder block `layer`, counted from 0."""
+
+    layer: int
+    component: Literal["block_output"] = "block_output"
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """The facts about a host that an intervention needs.
+
+    Args:
+        stack: The module whose forward runs the blocks; it sees the token ids and the cache.
+        blocks: The decoder blocks, in order.
+        d_model: Width of the hidden state.
+        max_positions: Longest sequence the host takes, in tokens, or None where it has no bound.
+    """
+
+    stack: nn.Module
+    blocks: nn.ModuleList
+    d_model: int
+    max_positions: int | None
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.blocks)
+
+    def block(self, site: Site) -> nn.Module:
+        """The module whose output a site edits.
+
+        Raises:
+            ConfigError: If the host has no such layer.
+        """
+        if not 0 <= site.layer < self.n_layers:
+            raise ConfigError(
+                f"layer {site.layer} is out of range: this host has {self.n_layers} layers, 0 to {self.n_layers - 1}"
+            )
+        return self.blocks[site.layer]
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the language model itself, below any multi-modal wrapper."""
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        raise UnsupportedHostError(
+            f"{type(model).__name__} has no config: a host is a Hugging Face causal language model"
+        )
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def find_architecture(model: nn.Module) -> Architecture:
+    """Finds the decoder blocks of a host.
+
+    Raises:
+        UnsupportedHostError: If the host is an encoder-decoder, or no single stack of blocks fits.
+    """
+    config = text_config(model)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedHostError(
+            f"{type(model).__name__} is an encoder-decoder; edits need a decoder-only language model"
+        )
+    n_layers, d_model = config.num_hidden_layers, config.hidden_size
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+    ]
+    depth = min((name.count(".") for name, _ in lists), default=0)
+    outermost = [(name, module) for name, module in lists if name.count(".") == depth]
+    if len(outermost) != 1:
+        found = ", ".join(name for name, _ in outermost) or "none"
+        raise UnsupportedHostError(
+            f"cannot tell the decoder blocks of {type(model).__name__}: expected one list of "
+            f"{n_layers} modules, found {found}"
+        )
+    name, blocks = outermost[0]
+    stack = model.get_submodule(name.rpartition(".")[0])
+    return Architecture(stack, blocks, d_model, getattr(config, "max_position_embeddings", None))
+
+
+def default_layers(n_layers: int) -> tuple[int, ...]:
+    """The paper's layers 9, 18, 24 and 28 of 32, moved to a host of another depth.
+
+    `min(n - 1, floor(k n / 32 + 0.5))` for each of them, duplicates dropped.
+    """
+    return tuple(sorted({min(n_layers - 1, int(k * n_layers / 32 + 0.5)) for k in (9, 18, 24, 28)}))
+
+
+def intervention_dtype(model: nn.Module) -> torch.dtype:
+    """Precision of everything an intervention computes: float32, or float64 on a float64 host."""
+    dtypes = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
+    return torch.float64 if dtypes == {torch.float64} else torch.float32

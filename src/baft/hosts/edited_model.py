@@ -1,0 +1,335 @@
+"""A host with edits in force: hooks that act on the right tokens and leave nothing behind.
+
+`EditedModel` never changes the host. For the length of one call or one generation it hangs forward
+hooks on the blocks it edits; a hook acts only for the call that hung it (a context variable says which
+that is), so threads and several edited models may share one host, and other people's hooks stay.
+"""
+
+import contextlib
+import copy
+import functools
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from baft.errors import GenerationError, InputError
+from baft.hosts.architecture import Architecture, Site, find_architecture
+from baft.hosts.positions import PositionSpec, Window
+from baft.nn.interventions import SubspaceIntervention, intervene
+
+Parts = Sequence[SubspaceIntervention]
+
+
+@dataclass(slots=True)
+class Recording:
+    """The states that one call edited, or would have edited, at each site.
+
+    Args:
+        states: The block's output before the intervention, `[token, d_model]`, rows in batch order.
+        masks: Which tokens they are, `[batch, pos]`, one mask for each time the host ran.
+    """
+
+    states: dict[Site, list[Float[Tensor, "token d_model"]]] = field(default_factory=dict)
+    masks: list[Bool[Tensor, "batch pos"]] = field(default_factory=list)
+
+    def at(self, site: Site) -> Float[Tensor, "token d_model"]:
+        """All states of a site, in the order they were seen."""
+        return torch.cat(self.states[site])
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call of the host, or one generation."""
+
+    window: Window
+    parts: Mapping[Site, Parts]
+    recording: Recording | None
+    mask: Bool[Tensor, "batch pos"] | None = None
+
+
+_current: ContextVar[_Call | None] = ContextVar("baft_call", default=None)
+_disabled: ContextVar[tuple["EditedModel", ...]] = ContextVar("baft_disabled", default=())
+
+
+class EditedModel:
+    """A host with interventions in force; callable like the host.
+
+    While disabled, and wherever no gate opens, its logits are bit for bit the host's.
+
+    Args:
+        host: A decoder-only causal language model; never changed.
+        interventions: What acts at each site; all parts of a site read the same state, and add up.
+        positions: Which tokens are edited.
+
+    Raises:
+        UnsupportedHostError: If the host's decoder blocks cannot be found.
+        ConfigError: If a site names a layer that the host does not have.
+    """
+
+    def __init__(
+        self,
+        host: PreTrainedModel,
+        interventions: Mapping[Site, Parts] | None = None,
+        positions: PositionSpec | None = None,
+    ):
+        self.host = host
+        self.positions = positions or PositionSpec()
+        self.architecture: Architecture = find_architecture(host)
+        self.interventions = interventions or {}
+
+    @property
+    def interventions(self) -> Mapping[Site, Parts]:
+        """What is in force at each site; assigning swaps it whole, calls under way keep the old."""
+        return self._interventions
+
+    @interventions.setter
+    def interventions(self, interventions: Mapping[Site, Parts]) -> None:
+        for site in interventions:
+            self.architecture.block(site)
+        self._interventions = {site: tuple(parts) for site, parts in interventions.items()}
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether edits are in force here: not inside `disabled()`, and there are any."""
+        return self not in _disabled.get() and any(self._interventions.values())
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Takes the edits out of force inside the `with` block, in this thread (or task) only."""
+        token = _disabled.set((*_disabled.get(), self))
+        try:
+            yield
+        finally:
+            _disabled.reset(token)
+
+    def __call__(
+        self,
+        input_ids: Int[Tensor, "batch pos"],
+        attention_mask: Int[Tensor, "batch total"] | None = None,
+        *,
+        n_prompt_tokens: Int[Tensor, " batch"] | None = None,
+        recording: Recording | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Runs the host with the edits in force.
+
+        Args:
+            input_ids: Tokens; with a cache, the new ones.
+            attention_mask: One at real tokens, over cached and new ones together.
+            n_prompt_tokens: Real tokens of each row's prompt, BOS included. Left out, the prompt's end
+                is unknown and every token but BOS is edited: the worst case for locality.
+            recording: Receives the states at the edited tokens.
+            arguments: Passed to the host.
+
+        Returns:
+            The host's own output object.
+        """
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, **arguments}
+        return self._run(self.host, given, n_prompt_tokens, recording)
+
+    def generate(self, input_ids: Int[Tensor, "batch pos"], **arguments: Any) -> Any:
+        """Runs the host's own `generate` with the edits in force; takes and returns what that does.
+
+        Raises:
+            InputError: If rows are padded on the right, or there are no token ids.
+            GenerationError: For ways of generating that show the host tokens out of order or guess
+                them with another model: assisted decoding, prompt lookup, continuous batching, custom code.
+        """
+        if not isinstance(input_ids, Tensor):
+            raise InputError(f"generate needs input_ids as a tensor, got {type(input_ids).__name__}")
+        _refuse_unsafe_generation(arguments)
+        mask = arguments.get("attention_mask")
+        if mask is None:
+            mask = self._guess_mask(input_ids)
+        if not bool(mask[:, -1].all()):
+            raise InputError("generate continues the last token: pad prompts on the left (padding_side='left')")
+        arguments = {**arguments, "input_ids": input_ids, "attention_mask": mask}
+        if not self.is_enabled:
+            return self.host.generate(**arguments)
+        # A compiled step would have to be compiled anew for every token: the window moves.
+        arguments.setdefault("disable_compile", True)
+        window = self._window(input_ids, mask.bool(), mask.sum(-1))
+        with self._hooks(_Call(window, self._interventions, None)):
+            return self.host.generate(**arguments)
+
+    def _run(
+        self,
+        run: Any,
+        given: dict[str, Any],
+        n_prompt_tokens: Int[Tensor, " batch"] | None,
+        recording: Recording | None = None,
+    ) -> Any:
+        if not self.is_enabled and recording is None:
+            return run(**given)
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        shown = ids if ids is not None else given.get("inputs_embeds")
+        if shown is None:
+            raise InputError("the host was shown nothing: give input_ids")
+        past = _cached_tokens(given.get("past_key_values"))
+        if mask is None:
+            real = torch.ones(shown.shape[0], past + shown.shape[1], dtype=torch.bool, device=shown.device)
+        elif mask.ndim == 2:
+            real = mask.bool()
+        else:
+            raise InputError(f"edits need a mask of one number a token, got {mask.ndim} axes: give [batch, pos]")
+        window = self._window(ids if not past else None, real, n_prompt_tokens)
+        parts = self._interventions if self.is_enabled else dict.fromkeys(self._interventions, ())
+        with self._hooks(_Call(window, parts, recording)):
+            return run(**given)
+
+    def _window(
+        self,
+        ids: Int[Tensor, "batch pos"] | None,
+        real: Bool[Tensor, "batch total"],
+        n_prompt_tokens: Int[Tensor, " batch"] | None,
+    ) -> Window:
+        bos = getattr(self.host.config, "bos_token_id", None)
+        starts_with_bos = torch.zeros(real.shape[0], dtype=torch.bool, device=real.device)
+        if ids is not None and bos is not None:
+            first = real.int().argmax(-1, keepdim=True)
+            starts_with_bos = ids.gather(-1, first).squeeze(-1) == bos
+        return Window(
+            self.positions, real, n_prompt_tokens=n_prompt_tokens, starts_with_bos=starts_with_bos
+        )
+
+    def _guess_mask(self, input_ids: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+        """The host's own guess where no mask is given: pad tokens are padding unless they end texts."""
+        config = self.host.generation_config
+        pad, eos = config.pad_token_id, config.eos_token_id
+        ends = eos if isinstance(eos, list) else [eos]
+        if pad is None or pad in ends or not bool((input_ids == pad).any()):
+            return torch.ones_like(input_ids)
+        return (input_ids != pad).long()
+
+    @contextlib.contextmanager
+    def _hooks(self, call: _Call) -> Iterator[None]:
+        """Hangs the hooks of one call, and takes down exactly those."""
+        handles: list[Any] = []
+        token = _current.set(call)
+        try:
+            stack = self.architecture.stack
+            handles.append(stack.register_forward_pre_hook(_note_tokens(call), with_kwargs=True, prepend=True))
+            for site in call.parts:
+                block = self.architecture.block(site)
+                # First in line: whoever watches the block's output sees the edited one.
+                handles.append(block.register_forward_hook(_edit_output(call, site), prepend=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            _current.reset(token)
+
+
+def _cached_tokens(cache: Any) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _note_tokens(call: _Call) -> Any:
+    """A hook before the stack: which of the tokens shown now are edited ones."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+        if _current.get() is not call:
+            return
+        shown = next(x for x in (arguments.get("input_ids"), arguments.get("inputs_embeds"), *args) if x is not None)
+        start = _cached_tokens(arguments.get("past_key_values"))
+        call.mask = call.window.mask(start, shown.shape[1], shown.shape[0])
+        if call.recording is not None:
+            call.recording.masks.append(call.mask)
+
+    return hook
+
+
+def _edit_output(call: _Call, site: Site) -> Any:
+    """A hook after a block: its output with the interventions of a site."""
+
+    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        if _current.get() is not call:
+            return None
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        assert call.mask is not None, "the stack ran its blocks without being called itself"
+        mask = call.mask.to(hidden.device)
+        if not bool(mask.any()):
+            return None
+        selected = hidden[mask]
+        if call.recording is not None:
+            call.recording.states.setdefault(site, []).append(selected)
+        parts = call.parts[site]
+        if not parts:
+            return None
+        edited, is_open = intervene(parts, selected)
+        if not bool(is_open.any()):
+            return None
+        hidden = hidden.masked_scatter(mask.unsqueeze(-1), edited)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    return hook
+
+
+def _refuse_unsafe_generation(arguments: Mapping[str, Any]) -> None:
+    config = arguments.get("generation_config")
+    for name, what in (
+        ("assistant_model", "assisted decoding"),
+        ("assistant_early_exit", "assisted decoding by early exit"),
+        ("prompt_lookup_num_tokens", "prompt lookup decoding"),
+        ("custom_generate", "custom generation code"),
+    ):
+        if arguments.get(name) is not None or getattr(config, name, None) is not None:
+            raise GenerationError(
+                f"{what} ({name}) shows the host guessed tokens, and an edit could not tell prompt from "
+                f"output: generate without it, or inside disabled()"
+            )
+    paged = arguments.get("cache_implementation") or getattr(config, "cache_implementation", None)
+    if paged == "paged":
+        _refuse_continuous_batching()
+
+
+def _refuse_continuous_batching(*_: Any, **__: Any) -> Any:
+    raise GenerationError(
+        "continuous batching packs several requests into one row, and an edit could not tell prompt from "
+        "output: use generate with a padded batch"
+    )
+
+
+def live_view(edited: EditedModel) -> PreTrainedModel:
+    """The edited model as a `PreTrainedModel`, for any library that wants one.
+
+    It shares every module and weight with the host and is of the host's class, but runs with the edits
+    in force. Called without `n_prompt_tokens` it edits every token but BOS.
+    """
+    host = edited.host
+    signature = inspect.signature(host.forward)
+
+    @functools.wraps(type(host).forward)
+    def forward(self: nn.Module, *args: Any, n_prompt_tokens: Tensor | None = None, **arguments: Any) -> Any:
+        bound = signature.bind(*args, **arguments)
+        given = {**bound.arguments, **bound.arguments.pop(_catch_all(signature), {})}
+        return edited._run(host.forward, given, n_prompt_tokens)
+
+    def generate(self: nn.Module, inputs: Tensor | None = None, **arguments: Any) -> Any:
+        ids = arguments.pop("input_ids", inputs)
+        return edited.generate(ids, **arguments)
+
+    overrides = {
+        "forward": forward,
+        "generate": generate,
+        "generate_batch": _refuse_continuous_batching,
+        "__module__": type(host).__module__,
+        "__qualname__": type(host).__qualname__,
+    }
+    view = copy.copy(host)
+    view.__dict__.pop("forward", None)  # accelerate puts its own on the instance; the host's is called anyway
+    view.__class__ = type(type(host).__name__, (type(host),), overrides)
+    return view
+
+
+def _catch_all(signature: inspect.Signature) -> str:
+    """Name of the `**kwargs` parameter, or an empty string."""
+    kinds = signature.parameters.values()
+    return next((p.name for p in kinds if p.kind is inspect.Parameter.VAR_KEYWORD), "")

@@ -1,0 +1,93 @@
+"""Which tokens are edited: the last prompt tokens and every output token.
+
+The paper edits "the last 3 tokens of the prompt and every output token". A `Window` holds, for one call
+of the host or one generation, what is needed to say that of any token the host may be shown: in one
+piece or token by token out of a cache, in padded batches, in beams.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from baft.errors import ConfigError, InputError
+
+
+@dataclass(frozen=True, slots=True)
+class PositionSpec:
+    """The rule: the last `last_prompt` tokens of the prompt, and the outputs.
+
+    Args:
+        last_prompt: How many prompt tokens; a shorter prompt is edited whole, but for its BOS token.
+        outputs: Whether output tokens are edited.
+
+    Raises:
+        ConfigError: If nothing would be edited.
+    """
+
+    last_prompt: int = 3
+    outputs: bool = True
+
+    def __post_init__(self) -> None:
+        if self.last_prompt < 0 or (self.last_prompt == 0 and not self.outputs):
+            raise ConfigError(
+                f"positions must name at least one token, got last_prompt={self.last_prompt}, outputs={self.outputs}"
+            )
+
+
+class Window:
+    """The edited tokens of one call or one generation.
+
+    Args:
+        spec: The rule.
+        real: Which of the tokens known now are no padding, `[row, known]`.
+        n_prompt_tokens: Real tokens of each row's prompt, BOS included; None where nobody knows, and
+            then every token is edited but BOS.
+        starts_with_bos: Whether the first real token of each row is the BOS token; it is never edited.
+
+    Raises:
+        InputError: If a prompt is longer than its row.
+    """
+
+    def __init__(
+        self,
+        spec: PositionSpec,
+        real: Bool[Tensor, "row known"],
+        *,
+        n_prompt_tokens: Int[Tensor, " row"] | None,
+        starts_with_bos: Bool[Tensor, " row"],
+    ):
+        self.spec = spec
+        rank = real.cumsum(-1) - 1  # how many real tokens stand before this one
+        edited = real & ~(starts_with_bos.unsqueeze(-1) & (rank == 0))
+        if n_prompt_tokens is not None:
+            if (n_prompt_tokens > real.sum(-1)).any() or (n_prompt_tokens < 0).any():
+                raise InputError(
+                    f"n_prompt_tokens {n_prompt_tokens.tolist()} does not fit rows of "
+                    f"{real.sum(-1).tolist()} real tokens"
+                )
+            ends = n_prompt_tokens.unsqueeze(-1)
+            edited = edited & (rank >= ends - spec.last_prompt)
+            if not spec.outputs:
+                edited = edited & (rank < ends)
+        self.edited = edited
+        self.edits_new_tokens = spec.outputs or n_prompt_tokens is None
+
+    def mask(self, start: int, length: int, n_rows: int) -> Bool[Tensor, "batch pos"]:
+        """The edited ones of the tokens `start` to `start + length` of every row.
+
+        Args:
+            start: Tokens that the cache holds already.
+            length: Tokens shown now.
+            n_rows: Rows shown now: a multiple of the rows known, where beams or samples share a prompt.
+
+        Raises:
+            InputError: If the rows do not match.
+        """
+        known = self.edited[:, start : start + length]
+        if n_rows % known.shape[0]:
+            raise InputError(f"the host was shown {n_rows} rows for {known.shape[0]} prompts")
+        missing = length - known.shape[1]
+        new = torch.full((known.shape[0], missing), self.edits_new_tokens, device=known.device)
+        return torch.cat([known, new], dim=-1).repeat_interleave(n_rows // known.shape[0], dim=0)

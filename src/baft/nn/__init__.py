@@ -1,0 +1,1 @@
+"""The mathematics of an intervention: tensors in, tensors out; no host, no tokenizer."""
