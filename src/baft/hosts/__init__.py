@@ -1,1 +1,1 @@
-"""What a host is, how text becomes tokens for it, and how an intervention is put into force on it."""
+"""Hosts: the language models that edits are put on, where they come from and what they look like inside."""
