@@ -8,8 +8,8 @@ import math
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
+from types import GenericAlias
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -36,9 +36,12 @@ def from_dict(cls: type[C], data: object, *, where: str = "config") -> C:
         ConfigError: If a key is unknown or missing, or a value has the wrong type or is not finite.
     """
     plain = _plain(data, where)
+    # A tuple of one, since pydantic takes no configuration beside a bare dataclass but hands it down to one
+    # inside; and JSON, since its strict mode takes an array for a tuple only there.
+    one: Any = GenericAlias(tuple, (cls,))
+    adapter: TypeAdapter[tuple[C]] = TypeAdapter(one, config=_STRICT)
     try:
-        # JSON, since pydantic's strict mode takes an array for a tuple only there.
-        return _adapter(cls).validate_json(json.dumps([plain]))[0]
+        return adapter.validate_json(json.dumps([plain]))[0]
     except ValidationError as error:
         raise ConfigError("\n".join(_messages(cls, plain, error, where))) from None
 
@@ -145,12 +148,6 @@ def _canonical(value: Any) -> Any:
     if isinstance(value, list):
         return [_canonical(part) for part in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-@cache
-def _adapter(cls: type[C]) -> TypeAdapter[tuple[C]]:
-    # A tuple, since pydantic takes no configuration beside a bare dataclass, but hands it down to one inside.
-    return TypeAdapter(tuple[cls], config=_STRICT)  # type: ignore[valid-type]
 
 
 def _messages(cls: type, plain: Any, error: ValidationError, where: str) -> Iterator[str]:
