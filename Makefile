@@ -30,7 +30,7 @@ check: $(STAMP)  ## Lint, format, types, layers, dead code, dependencies, spelli
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
-	$(VENV)/bin/lint-imports --no-timing
+	$(VENV)/bin/lint-imports --no-logo
 	$(PY) -m vulture
 	$(PY) -m deptry src
 	$(PY) -m codespell_lib

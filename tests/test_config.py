@@ -76,6 +76,19 @@ def test_arrays_become_tuples_and_integers_floats() -> None:
     assert config == Settings(lr=1.0, layers=(3, 4), gates=(Gate(sharpness=2.0),))
     assert type(config.lr) is float
     assert type(config.gates[0].sharpness) is float
+    assert type(config.layers) is tuple
+
+
+def test_what_is_not_given_keeps_its_default() -> None:
+    config = from_dict(Settings, {"lr": 0.5})
+    assert (config.n_steps, config.stop_early, config.schedule) == (40, True, None)
+
+
+def test_a_union_takes_the_branch_that_fits() -> None:
+    schedule = from_dict(Settings, {"lr": 0.5, "schedule": {"rate": 2}}).schedule
+    assert isinstance(schedule, Decay)
+    assert schedule.rate == 2.0
+    assert from_dict(Settings, {"lr": 0.5, "schedule": {"start": "open"}}).schedule == Gate("open")
 
 
 def test_tuples_and_dataclasses_are_taken_as_well() -> None:
@@ -125,7 +138,7 @@ def test_a_missing_field_is_told() -> None:
 
 
 def test_every_fault_is_told_at_once() -> None:
-    assert len(refused({"n_steps": "x", "gate": {"strat": "open"}, "stop_early": 3})) == 4
+    assert len(refused({"n_steps": "x", "gate": {"begin": "open"}, "stop_early": 3})) == 4
 
 
 def test_unknown_keys_in_a_union_name_the_keys_of_each_branch() -> None:

@@ -99,9 +99,9 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
     shapes.add("square", f"{HERE}:Square")
     shapes.add("circle", f"{HERE}:Square")
     with pytest.raises(UnknownNameError) as caught:
-        shapes.get("Sqare")
+        shapes.get("Squar")
     assert str(caught.value) == (
-        "unknown shape 'Sqare'; did you mean 'square'? The shapes are: circle, square"
+        "unknown shape 'Squar'; did you mean 'square'? The shapes are: circle, square"
     )
 
 

@@ -107,7 +107,7 @@ def test_other_things_than_an_object_are_refused(unhooked: ModuleType) -> None:
     [
         ({"prompt": "a"}, "line 3: field 'target' is missing"),
         ({"target": "a"}, "line 3: field 'prompt' is missing"),
-        ({"prompt": "a", "target": "b", "traget": "c"}, "line 3: unknown field 'traget'; the fields are"),
+        ({"prompt": "a", "target": "b", "aim": "c"}, "line 3: unknown field 'aim'; the fields are"),
         ({"prompt": "a", "target": " "}, "line 3: target is empty or blank"),
     ],
 )
