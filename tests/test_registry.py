@@ -1,5 +1,6 @@
 """Names, lazy targets, suggestions, and what other packages register."""
 
+import doctest
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
@@ -178,3 +179,9 @@ def test_one_package_found_twice_is_one(installed: Callable[..., list[str]]) -> 
 
 def test_a_group_that_nobody_uses_is_empty() -> None:
     assert Registry[object]("shape", group="test.a_group_nobody_uses").names() == []
+
+
+def test_the_example_in_the_docstring_runs() -> None:
+    result = doctest.testmod(registry_module)
+    assert result.failed == 0
+    assert result.attempted > 0
