@@ -15,7 +15,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -54,7 +54,8 @@ class HostIdentity:
         cast_hashes: Of the same values rounded to bfloat16 and to float16.
         n_parameters: How many parameters the hashes cover; offloaded ones are out of reach.
         dtype: The precision of most weights; "quantized" is added where some are no plain floats.
-        samples: 8 values of up to 64 parameters by name, quantized ones left out.
+        samples: 8 values of up to 64 parameters by name; codes of a quantization are left out.
+        inexact: Which of the samples were read back from a quantization.
         tokenizer_hash: Of the vocabulary size, a probe text's tokens and the chat template; `compare` leaves
             it to the caller, for whom another tokenizer may be an error or a warning.
     """
@@ -67,6 +68,7 @@ class HostIdentity:
     n_parameters: int
     dtype: str
     samples: dict[str, tuple[float, ...]]
+    inexact: tuple[str, ...]
     tokenizer_hash: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,6 +93,7 @@ class HostIdentity:
             fields["samples"] = {
                 str(name): tuple(float(value) for value in values) for name, values in row["samples"].items()
             }
+            fields["inexact"] = tuple(str(name) for name in row["inexact"])
             fields["cast_hashes"] = {str(name): str(digest) for name, digest in row["cast_hashes"].items()}
             return cls(**fields)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -113,20 +116,20 @@ def identify(host: Host) -> HostIdentity:
         Its identity.
     """
     model: Any = host.model
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     parameters = sorted(model.named_parameters())
     values = dict(_values(parameters))
-    plain = {name: value for name, (value, is_float) in values.items() if is_float}
-    hashed = {name: value for name, (value, _) in values.items()}
+    samples = _samples(values, [(name, parameter.ndim > 1) for name, parameter in parameters])
     return HostIdentity(
         name=host.name,
         architecture=type(base).__name__,
         config_hash=_digest(_relevant(base.config.to_dict())),
-        weights_hash=_weights_hash(hashed),
-        cast_hashes={_name(dtype): _weights_hash(hashed, dtype) for dtype in _CASTS},
-        n_parameters=len(hashed),
+        weights_hash=_weights_hash(values),
+        cast_hashes={_name(dtype): _weights_hash(values, dtype) for dtype in _CASTS},
+        n_parameters=len(values),
         dtype=_precision(parameters),
-        samples=_samples(plain, [(name, parameter.ndim > 1) for name, parameter in parameters]),
+        samples=samples,
+        inexact=tuple(name for name in samples if values[name].kind == "read back"),
         tokenizer_hash=_tokenizer_hash(host.tokenizer),
     )
 
@@ -149,9 +152,11 @@ def compare(expected: HostIdentity, actual: HostIdentity) -> Literal["same", "sa
         raise _mismatch(
             expected, actual, f"another architecture or config ({_config_words(expected, actual)})"
         )
-    if expected.weights_hash == actual.weights_hash and expected.n_parameters == actual.n_parameters:
-        return "same"
-    if not (expected.is_quantized or actual.is_quantized) and expected.n_parameters == actual.n_parameters:
+    complete = expected.n_parameters == actual.n_parameters
+    if complete and expected.weights_hash == actual.weights_hash:
+        # Equal values in another dtype still compute otherwise.
+        return "same" if expected.dtype == actual.dtype else "same_weights_other_precision"
+    if complete and not (expected.is_quantized or actual.is_quantized):
         _require_cast(expected, actual)
     else:
         _require_close_samples(expected, actual)
@@ -178,17 +183,15 @@ def _require_close_samples(expected: HostIdentity, actual: HostIdentity) -> None
         before, after = torch.tensor(expected.samples[name]), torch.tensor(actual.samples[name])
         if before.shape != after.shape:
             raise _mismatch(expected, actual, f"other weights: {name} has another size")
-        if not (_is_cast(before, after) or _share_original(before, after) or _share_original(after, before)):
-            # A parameter counts by its own size, or a norm's ones would drown the small weights.
-            errors.append(float((before - after).square().mean() / before.square().mean().clamp_min(1e-30)))
-    if not errors:
-        return
-    difference = math.sqrt(statistics.fmean(errors))
-    quantized = expected.is_quantized or actual.is_quantized
-    if not (quantized and difference < QUANTIZED_BOUND):  # written so that NaN is a mismatch
-        raise _mismatch(
-            expected, actual, f"other weights: sampled values differ by {difference:.2g} of their size"
-        )
+        if _is_cast(before, after) or _share_original(before, after) or _share_original(after, before):
+            continue
+        if name not in expected.inexact + actual.inexact:
+            raise _mismatch(expected, actual, f"other weights: {name} differs, and not by its precision")
+        # A parameter counts by its own size, or the large ones would drown the small.
+        errors.append(float((before - after).square().mean() / before.square().mean().clamp_min(1e-30)))
+    difference = math.sqrt(statistics.fmean(errors)) if errors else 0.0
+    if not difference < QUANTIZED_BOUND:  # written so that NaN is a mismatch
+        raise _mismatch(expected, actual, f"other weights: samples differ by {difference:.2g} of their size")
 
 
 def _common(expected: HostIdentity, actual: HostIdentity) -> list[str]:
@@ -197,6 +200,10 @@ def _common(expected: HostIdentity, actual: HostIdentity) -> list[str]:
         few = f"{len(names)} of {len(expected.samples)} sampled parameters are here, too few to tell"
         raise _mismatch(expected, actual, few)
     return names
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps the model
 
 
 def _mismatch(expected: HostIdentity, actual: HostIdentity, what: str) -> HostMismatchError:
@@ -213,26 +220,39 @@ def _config_words(expected: HostIdentity, actual: HostIdentity) -> str:
     return f"{actual.architecture} with config {actual.config_hash[:8]}, expected {expected.config_hash[:8]}"
 
 
-def _values(parameters: list[tuple[str, Tensor]]) -> Iterator[tuple[str, tuple[Tensor, bool]]]:
-    """Strided values of each parameter within reach, and whether they are the weights themselves."""
+class _Values(NamedTuple):
+    """Some values of a parameter: as they are, read back from a quantization, or the codes of one."""
+
+    values: Tensor
+    kind: Literal["plain", "read back", "code"]
+
+
+def _values(parameters: list[tuple[str, Any]]) -> Iterator[tuple[str, _Values]]:
+    """Strided values of each parameter within reach."""
     for name, parameter in parameters:
         if parameter.is_meta:  # accelerate holds an offloaded parameter's values elsewhere
             continue
-        plain: Any = parameter.detach()
-        if is_traceable_wrapper_subclass(plain):  # quantized by torchao
+        weights: Any = parameter.detach()
+        kind: Literal["plain", "read back", "code"] = "plain"
+        if is_traceable_wrapper_subclass(weights):  # quantized by torchao
             try:
-                plain = plain.dequantize()  # type: ignore[attr-defined]
+                weights, kind = weights.dequantize(), "read back"  # type: ignore[attr-defined]
             except (RuntimeError, NotImplementedError, TypeError, AttributeError):
                 continue
-        flat = plain.reshape(-1)
+        elif _is_code(weights):
+            kind = "code"
+        flat = weights.reshape(-1)
         # An odd stride: an even one could walk down a single column of a matrix.
         stride = max(1, (flat.numel() // N_HASHED_VALUES - 1) | 1)
-        value = flat[::stride][:N_HASHED_VALUES].to("cpu", torch.float32)
-        # Integers and one-byte floats are a quantization's codes: they tell models apart, but are no weights.
-        yield name, (value, plain.is_floating_point() and plain.element_size() > 1)
+        yield name, _Values(flat[::stride][:N_HASHED_VALUES].to("cpu", torch.float32), kind)
 
 
-def _samples(values: dict[str, Tensor], names: list[tuple[str, bool]]) -> dict[str, tuple[float, ...]]:
+def _is_code(parameter: Tensor) -> bool:
+    """Integers and one-byte floats encode weights: they tell models apart, but are no weights."""
+    return not parameter.is_floating_point() or parameter.element_size() == 1
+
+
+def _samples(values: Mapping[str, _Values], names: list[tuple[str, bool]]) -> dict[str, tuple[float, ...]]:
     """Values of parameters evenly spread over the names: half of them matrices, half of them vectors.
 
     The names are spread over all parameters, quantized or not, so that both sides choose the same; vectors
@@ -243,7 +263,8 @@ def _samples(values: dict[str, Tensor], names: list[tuple[str, bool]]) -> dict[s
     n_vectors = min(len(vectors), N_SAMPLED_PARAMETERS // 2)
     chosen = _spread(matrices, N_SAMPLED_PARAMETERS - n_vectors) + _spread(vectors, n_vectors)
     thinning = N_HASHED_VALUES // N_SAMPLED_VALUES
-    return {name: tuple(values[name][::thinning].tolist()) for name in sorted(chosen) if name in values}
+    seen = [name for name in sorted(chosen) if name in values and values[name].kind != "code"]
+    return {name: tuple(values[name].values[::thinning].tolist()) for name in seen}
 
 
 def _spread(names: list[str], n: int) -> list[str]:
@@ -255,7 +276,7 @@ def _precision(parameters: list[tuple[str, Tensor]]) -> str:
     counts: Counter[str] = Counter()
     quantized = False
     for _, parameter in parameters:
-        is_code = not parameter.is_floating_point() or parameter.element_size() == 1
+        is_code = _is_code(parameter)
         quantized = quantized or is_code or is_traceable_wrapper_subclass(parameter)
         if not is_code:
             counts[_name(parameter.dtype)] += parameter.numel()
@@ -263,11 +284,11 @@ def _precision(parameters: list[tuple[str, Tensor]]) -> str:
     return f"{most}, quantized" if quantized else most
 
 
-def _weights_hash(values: dict[str, Tensor], rounded_to: torch.dtype = torch.float32) -> str:
+def _weights_hash(values: Mapping[str, _Values], rounded_to: torch.dtype = torch.float32) -> str:
     digest = hashlib.sha256()
     for name in sorted(values):
         digest.update(name.encode())
-        digest.update(values[name].to(rounded_to).float().numpy().tobytes())
+        digest.update(values[name].values.to(rounded_to).float().numpy().tobytes())
     return digest.hexdigest()
 
 
