@@ -19,7 +19,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoConfig,
     BertConfig,
@@ -50,7 +49,6 @@ WORDS = ("<unk>", "Paris", "Rome", "is", "in", "France", "Italy", "the")
 
 def tiny_tokenizer():
     inner = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    inner.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
 
 
@@ -178,7 +176,7 @@ class TestEmbedded:
         assert host.model.dtype == torch.float32
         assert not host.model.training
         assert not any(parameter.requires_grad for parameter in host.model.parameters())
-        assert host.tokenizer("Paris is")["input_ids"] == [1, 3]
+        assert host.tokenizer("Paris")["input_ids"] == [1]
         assert load_host("toy", dtype="bfloat16").model.dtype == torch.bfloat16
         assert toy.conversions == 1
         assert len(toy.downloads) == 2
@@ -558,7 +556,7 @@ class TestCommand:
         assert toy.conversions == 1
         assert capfd.readouterr() == ("", "")
 
-    @pytest.mark.parametrize("arguments", [[], ["toi"], ["toy", "toy"]])
+    @pytest.mark.parametrize("arguments", [[], ["zzz"], ["toy", "toy"]])
     def test_fails_in_one_line(self, toy, arguments, capfd):
         assert models._main(arguments) == 1
         out, err = capfd.readouterr()
