@@ -70,7 +70,11 @@ class LogisticGate(Gate):
     """
 
     def __init__(
-        self, U: Float[Tensor, "block rank d_model"], c: Float[Tensor, "block rank"], *, threshold: float = 0.0
+        self,
+        U: Float[Tensor, "block rank d_model"],
+        c: Float[Tensor, "block rank"],
+        *,
+        threshold: float = 0.0,
     ):
         super().__init__()
         if not 0.0 <= threshold < 1.0:
@@ -94,7 +98,7 @@ class LogisticGate(Gate):
 
 @final
 class ConditionedGate(Gate):
-    """The logistic gate in whitened coordinates: `w(h) = sigmoid(V z + v)`, `z = (h - mean) / (scale sqrt(d))`.
+    """Logistic, on standardized states: `w(h) = sigmoid(V z + v)`, `z = (h - mean) / (scale sqrt(d))`.
 
     Hidden states carry a few huge directions; along them one step of an optimizer on `U` would throw a
     gate from half open to shut. In `z` all directions weigh the same and `|z|` is about one. The
@@ -111,8 +115,8 @@ class ConditionedGate(Gate):
         self, n_blocks: int, rank: int, *, mean: Float[Tensor, " d_model"], scale: Float[Tensor, " d_model"]
     ):
         super().__init__()
-        self.V = nn.Parameter(torch.zeros(n_blocks, rank, mean.shape[0], dtype=mean.dtype, device=mean.device))
-        self.v = nn.Parameter(torch.zeros(n_blocks, rank, dtype=mean.dtype, device=mean.device))
+        self.V = nn.Parameter(mean.new_zeros(n_blocks, rank, mean.shape[0]))
+        self.v = nn.Parameter(mean.new_zeros(n_blocks, rank))
         self.register_buffer("mean", mean)
         self.register_buffer("stretch", 1.0 / (scale * math.sqrt(mean.shape[0])))
 
@@ -136,6 +140,7 @@ class ConditionedGate(Gate):
 
     def load(self, gate: LogisticGate) -> None:
         """Takes over the function of a folded gate, so that training can go on from it."""
+        assert gate.threshold == 0.0, "a gate with a hard zero would lose it here"
         with torch.no_grad():
             self.V.copy_(gate.U / self.stretch)
             self.v.copy_(gate.c + gate.U @ self.mean)
@@ -143,7 +148,12 @@ class ConditionedGate(Gate):
 
 def hard_zero(w: Float[Tensor, "*shape"], threshold: float) -> Float[Tensor, "*shape"]:
     """`max(0, (w - threshold) / (1 - threshold))`: continuous, one at one, exactly zero at the threshold."""
-    return ((w - threshold) / (1.0 - threshold)).clamp_min(0.0) if threshold > 0.0 else w
+    if threshold == 0.0:
+        return w
+    span = (
+        w.new_ones(()) - threshold
+    )  # rounded as the numerator is, or a weight of one would come out above one
+    return ((w - threshold) / span).clamp_min(0.0)
 
 
 def closed_form_gate(
@@ -170,6 +180,6 @@ def closed_form_gate(
     """
     offsets = keys - mean
     gram = precision_keys @ offsets.T
-    ridge = 1e-6 * gram.diagonal().mean() * torch.eye(len(keys), dtype=keys.dtype, device=keys.device)
+    ridge = 1e-6 * gram.diagonal().diag()  # each key's own, or it would drown the keys nearest to the mean
     g = torch.linalg.solve(gram + ridge, torch.ones_like(gram[0])) @ precision_keys
     return sharpness * g, -sharpness * (midpoint + g @ mean)

@@ -98,10 +98,12 @@ def concatenate(parts: Sequence[SubspaceIntervention]) -> SubspaceIntervention:
         first = gates[0]
         gate: Gate
         if isinstance(first, OpenGate):
+            assert all(isinstance(gate, OpenGate) for gate in gates), "an open gate cannot join a closed one"
             gate = OpenGate(sum(part.n_blocks for part in parts), first.rank)
         else:
             logistic = [gate for gate in gates if isinstance(gate, LogisticGate)]
             assert len(logistic) == len(gates), "only folded gates of one kind are concatenated"
+            assert len({gate.threshold for gate in logistic}) == 1, "one gate has one threshold"
             gate = LogisticGate(
                 torch.cat([gate.U for gate in logistic]).detach().clone(),
                 torch.cat([gate.c for gate in logistic]).detach().clone(),
@@ -135,6 +137,6 @@ def intervene(
 
 
 def n_parameters(*, d_model: int, rank: int, n_layers: int, gated: bool) -> int:
-    """Learned numbers of one block at every layer: `L (3 r d + 2 r)` gated (BaFT), `L (2 r d + r)` open (ReFT)."""
+    """Learned numbers, one block a layer: `L (3 r d + 2 r)` gated (BaFT), `L (2 r d + r)` open (ReFT)."""
     per_layer = 2 * rank * d_model + rank + (rank * d_model + rank if gated else 0)
     return n_layers * per_layer

@@ -22,7 +22,7 @@ def target_cross_entropy(
         targets: The target tokens.
         rows: Which sequence each token belongs to, counted from 0 without gaps.
     """
-    losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    losses = torch.nn.functional.cross_entropy(_precise(logits), targets, reduction="none")
     n_rows = int(rows.max()) + 1
     sums = losses.new_zeros(n_rows).index_add(0, rows, losses)
     counts = losses.new_zeros(n_rows).index_add(0, rows, torch.ones_like(losses))
@@ -33,10 +33,15 @@ def target_margins(
     logits: Float[Tensor, "token vocab"], targets: Int[Tensor, " token"]
 ) -> Float[Tensor, " token"]:
     """By how many nats each target token leads (or trails, if negative) the best other token."""
-    logits = logits.float()
+    logits = _precise(logits)
     own = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     others = logits.scatter(-1, targets.unsqueeze(-1), float("-inf"))
     return own - others.amax(-1)
+
+
+def _precise(logits: Float[Tensor, "token vocab"]) -> Float[Tensor, "token vocab"]:
+    """In float32 at least: the half precisions are too coarse for a logarithm, float64 stays as it is."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def load_balance(

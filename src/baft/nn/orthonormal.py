@@ -29,7 +29,7 @@ def random_orthonormal(
     """
     if not 1 <= rank <= d_model:
         raise ConfigError(
-            f"rank {rank} is impossible: {d_model} hidden units have room for 1 to {d_model} orthonormal bases"
+            f"rank {rank} is impossible: {d_model} hidden units have room for 1 to {d_model} bases"
         )
     gaussian = torch.randn(n_blocks, d_model, rank, generator=generator, dtype=torch.float64)
     q, upper = torch.linalg.qr(gaussian)
