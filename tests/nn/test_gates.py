@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -88,6 +88,9 @@ def test_impossible_thresholds_are_refused(threshold: float) -> None:
 @dtypes
 @quick
 @given(thresholds)
+@example(0.1)
+@example(0.998046875)  # one in bfloat16
+@example(0.99)
 def test_the_hard_zero_is_exact_at_both_ends(dtype: torch.dtype, threshold: float) -> None:
     at = torch.tensor(threshold, dtype=dtype)
     w = torch.cat([torch.zeros(1, dtype=dtype), at.expand(1), at.expand(1) / 2, torch.ones(1, dtype=dtype)])

@@ -150,9 +150,9 @@ def hard_zero(w: Float[Tensor, "*shape"], threshold: float) -> Float[Tensor, "*s
     """`max(0, (w - threshold) / (1 - threshold))`: continuous, one at one, exactly zero at the threshold."""
     if threshold == 0.0:
         return w
-    span = (
-        w.new_ones(()) - threshold
-    )  # rounded as the numerator is, or a weight of one would come out above one
+    # Rounded as the numerator is, or a weight of one would come out above one; positive though the threshold
+    # may round to one.
+    span = (w.new_ones(()) - threshold).clamp_min(torch.finfo(w.dtype).tiny)
     return ((w - threshold) / span).clamp_min(0.0)
 
 
