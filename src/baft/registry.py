@@ -3,12 +3,21 @@
 import difflib
 import importlib
 import re
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from baft.errors import ConfigError, UnknownNameError
 
 T = TypeVar("T")
+
+
+def unknown_name(kind: str, name: str, known: Sequence[str]) -> UnknownNameError:
+    """The error for a name that is none of the known ones; suggests the nearest of them."""
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    question = f"did you mean {near[0]!r}? The" if near else "the"
+    return UnknownNameError(f"unknown {kind} {name!r}; {question} {kind}s are: {', '.join(known) or 'none yet'}")
+
 
 _NAME = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*")
 _TARGET = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
@@ -70,12 +79,7 @@ class Registry(Generic[T]):
         if name not in self._targets:
             known = self.names()
             if name not in known:
-                near = difflib.get_close_matches(name.lower(), known, n=1)
-                question = f"did you mean {near[0]!r}? The" if near else "the"
-                listing = ", ".join(known) or "none yet"
-                raise UnknownNameError(
-                    f"unknown {self._kind} {name!r}; {question} {self._kind}s are: {listing}"
-                )
+                raise unknown_name(self._kind, name, known)
         if name not in self._loaded:
             self._loaded[name] = self._load(name)
         return self._loaded[name]

@@ -101,7 +101,7 @@ class EmbeddedHost:
     @property
     def folder(self) -> Path:
         """Where the converted host lies, or will lie, in the cache."""
-        return _cache() / "hosts" / f"{self.name}-{self.gguf_sha256[:8]}"
+        return cache_folder() / "hosts" / f"{self.name}-{self.gguf_sha256[:8]}"
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,8 @@ def _unknown(name: str) -> UnknownNameError:
     )
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where baft keeps what it can make again: `$BAFT_CACHE`, else the user's cache."""
     if chosen := os.environ.get("BAFT_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "baft"
@@ -279,7 +280,7 @@ def _cache() -> Path:
 def _check_terms(spec: EmbeddedHost, accept_terms: bool) -> None:
     if spec.terms_url is None:
         return
-    record = _cache() / "terms" / f"{spec.name}.json"
+    record = cache_folder() / "terms" / f"{spec.name}.json"
     if record.is_file():
         return
     named = os.environ.get("BAFT_ACCEPT_TERMS", "").replace(",", " ").split()

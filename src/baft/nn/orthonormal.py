@@ -27,14 +27,23 @@ def random_orthonormal(
     Raises:
         ConfigError: If `rank` is not between 1 and `d_model`.
     """
-    if not 1 <= rank <= d_model:
-        raise ConfigError(
-            f"rank {rank} is impossible: {d_model} hidden units have room for 1 to {d_model} bases"
-        )
+    check_rank(rank, d_model)
     gaussian = torch.randn(n_blocks, d_model, rank, generator=generator, dtype=torch.float64)
     q, upper = torch.linalg.qr(gaussian)
     signs = torch.sign(torch.diagonal(upper, dim1=-2, dim2=-1)).unsqueeze(-2)
     return (q * signs).transpose(-2, -1).contiguous().to(dtype)
+
+
+def check_rank(rank: int, d_model: int) -> None:
+    """Refuses a rank for which there are no orthonormal rows.
+
+    Raises:
+        ConfigError: If `rank` is not between 1 and `d_model`.
+    """
+    if not 1 <= rank <= d_model:
+        raise ConfigError(
+            f"rank {rank} is impossible: {d_model} hidden units have room for 1 to {d_model} bases"
+        )
 
 
 def tangent(

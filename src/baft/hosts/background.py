@@ -1,0 +1,201 @@
+"""What the host's states look like on text that no edit is about.
+
+Gates are set against these states, and the locality loss is taken on them. They are the states of the
+unedited host on a small text of the project's own (`background.toml`), computed once for a host and kept
+in the cache when that took long.
+"""
+
+import hashlib
+import logging
+import os
+import re
+import tempfile
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from baft.hosts.architecture import Site, find_architecture, intervention_dtype
+from baft.hosts.edited_model import EditedModel, Recording
+from baft.hosts.encoding import Encoder
+from baft.hosts.identity import identify
+from baft.hosts.models import Host, cache_folder
+from baft.hosts.positions import PositionSpec
+
+logger = logging.getLogger(__name__)
+
+N_CHAT_PROMPTS = 150  # chat renderings are long; this many tell what the template's tokens look like
+_WORTH_KEEPING_S = 1.0
+_ROWS = 32
+_FORMAT = 1
+
+
+class Slot(IntEnum):
+    """Where in its text a state stands; keys of a gate are weighed against their own kind most."""
+
+    TEXT = 0
+    LAST_RAW = 1
+    LAST_CHAT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """States of the unedited host at the sites of an edit.
+
+    Args:
+        states: By site, `[state, d_model]`, in the precision of interventions.
+        slots: Which `Slot` each state stands at, `[state]`.
+    """
+
+    states: Mapping[Site, Float[Tensor, "state d_model"]]
+    slots: Int[Tensor, " state"]
+
+    def with_prompts(self, more: "Background") -> "Background":
+        """The same with further states, such as those of a user's unrelated prompts."""
+        joined = {site: torch.cat([states, more.states[site]]) for site, states in self.states.items()}
+        return Background(joined, torch.cat([self.slots, more.slots]))
+
+
+@cache
+def background_text() -> Mapping[str, Any]:
+    """The text, by kind: `sentences`, `prompts`, `chat_prompts` and `canaries`, each a tuple of strings."""
+    raw = tomllib.loads(files("baft.hosts").joinpath("background.toml").read_text(encoding="utf-8"))
+    prompts = []
+    for template in [*raw["cloze"], *raw["questions"]]:
+        kind = re.findall(r"{(\w+)}", template)[0]
+        for name in raw["entities"][kind]:
+            text = template.replace(f"{{{kind}}}", name)
+            prompts.append(text[0].upper() + text[1:])
+    prompts += raw["requests"]
+    # A fixed spread over all templates and entities.
+    ordered = sorted(prompts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    return {
+        "sentences": tuple(raw["sentences"]),
+        "prompts": tuple(prompts),
+        "chat_prompts": tuple(ordered[:N_CHAT_PROMPTS]),
+        "canaries": tuple(raw["canaries"]),
+    }
+
+
+def background(host: Host, encoder: Encoder, sites: Sequence[Site]) -> Background:
+    """The host's background states at the given sites, from the cache where they are there.
+
+    States of running text are taken at every token but the first (it is an attention sink), those of
+    prompts at the last three.
+    """
+    path = _cache_path(host, encoder, sites)
+    kept = _read(path, sites)
+    if kept is not None:
+        dtype, device = intervention_dtype(host.model), host.model.device
+        states = {site: states.to(device, dtype) for site, states in kept.states.items()}
+        return Background(states, kept.slots.to(device))
+    began = time.monotonic()
+    made = _compute(host, encoder, sites)
+    if time.monotonic() - began > _WORTH_KEEPING_S:
+        _write(path, made)
+    return made
+
+
+def prompt_states(host: Host, encoder: Encoder, sites: Sequence[Site], prompts: Sequence[str]) -> Background:
+    """States at the last three tokens of prompts, raw and, where the host chats, inside its template."""
+    parts = [_collect(host, encoder, sites, [encoder.prompt(text) for text in prompts], Slot.LAST_RAW)]
+    if encoder.has_chat:
+        rows = [encoder.chat([{"role": "user", "content": text}]) for text in prompts]
+        parts.append(_collect(host, encoder, sites, rows, Slot.LAST_CHAT))
+    return _join(parts)
+
+
+def _compute(host: Host, encoder: Encoder, sites: Sequence[Site]) -> Background:
+    text = background_text()
+    rows = [encoder.prompt(sentence) for sentence in text["sentences"]]
+    parts = [_collect(host, encoder, sites, rows, Slot.TEXT)]
+    rows = [encoder.prompt(prompt) for prompt in text["prompts"]]
+    parts.append(_collect(host, encoder, sites, rows, Slot.LAST_RAW))
+    if encoder.has_chat:
+        rows = [encoder.chat([{"role": "user", "content": prompt}]) for prompt in text["chat_prompts"]]
+        parts.append(_collect(host, encoder, sites, rows, Slot.LAST_CHAT))
+    return _join(parts)
+
+
+def _join(parts: Sequence[Background]) -> Background:
+    first, *others = parts
+    for other in others:
+        first = first.with_prompts(other)
+    return first
+
+
+@torch.no_grad()
+def _collect(
+    host: Host, encoder: Encoder, sites: Sequence[Site], rows: Sequence[tuple[int, ...]], slot: Slot
+) -> Background:
+    """States of rows: all tokens but the first of running text, the last three of prompts."""
+    limit = find_architecture(host.model).max_positions
+    rows = sorted((row[:limit] for row in rows), key=len)
+    spec = PositionSpec(last_prompt=len(rows[-1]) if slot is Slot.TEXT else 3)
+    watched = EditedModel(host.model, dict.fromkeys(sites, ()), spec)
+    dtype = intervention_dtype(host.model)
+    states: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    slots: list[Tensor] = []
+    for start in range(0, len(rows), _ROWS):
+        chunk = rows[start : start + _ROWS]
+        batch = encoder.pad(chunk, [len(row) for row in chunk], side="right", device=host.model.device)
+        seen = Recording()
+        watched(
+            batch.input_ids,
+            batch.attention_mask,
+            n_prompt_tokens=batch.n_prompt_tokens,
+            recording=seen,
+            use_cache=False,
+        )
+        mask = seen.masks[0]
+        place = mask.nonzero()
+        is_first = place[:, 1] == 0
+        is_last = place[:, 1] == batch.n_prompt_tokens[place[:, 0]] - 1
+        keep = ~is_first if slot is Slot.TEXT else torch.ones_like(is_first)
+        here = torch.where(is_last, int(slot), int(Slot.TEXT))
+        slots.append(here[keep])
+        for site in sites:
+            states[site].append(seen.at(site)[keep.to(seen.at(site).device)].to(dtype))
+    return Background({site: torch.cat(found) for site, found in states.items()}, torch.cat(slots))
+
+
+def _cache_path(host: Host, encoder: Encoder, sites: Sequence[Site]) -> Path:
+    identity = identify(host)
+    text = repr((sorted(background_text().items()), encoder.has_chat, [site.layer for site in sites], _FORMAT))
+    name = hashlib.sha256(f"{identity.weights_hash}{identity.tokenizer_hash}{text}".encode()).hexdigest()[:32]
+    return cache_folder() / "background" / f"{name}.safetensors"
+
+
+def _read(path: Path, sites: Sequence[Site]) -> Background | None:
+    try:
+        kept = load_file(path)
+        return Background({site: kept[f"layer{site.layer}"] for site in sites}, kept["slots"])
+    except (OSError, SafetensorError, KeyError):  # not there, or damaged: it is computed again
+        return None
+
+
+def _write(path: Path, made: Background) -> None:
+    tensors = {f"layer{site.layer}": states.cpu().contiguous() for site, states in made.states.items()}
+    tensors["slots"] = made.slots.cpu()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".background-")
+        os.close(handle)
+        try:
+            save_file(tensors, name)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:  # a cache that cannot be written costs time, nothing else
+        logger.warning("could not keep the background states in %s: %s", path, error)

@@ -1,0 +1,1 @@
+"""The editing methods, each behind the same `Editor`; `methods` names them."""

@@ -1,0 +1,109 @@
+"""The settings of BaFT and ReFT, and their presets."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from baft.errors import ConfigError
+from baft.hosts.positions import PositionSpec
+from baft.methods.training import TrainingConfig
+from baft.nn.losses import BalanceForm
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaftConfig(TrainingConfig):
+    """Settings of BaFT and ReFT.
+
+    Args:
+        layers: Decoder blocks whose output is edited, 0-based; None takes the paper's, scaled to the depth.
+        deepest_layers: Of the layers that None stands for, keep this many of the deepest; None keeps all.
+        rank: Bases of a block; the paper's is 12.
+        bases: One set that all edits share, or a set an edit.
+        gate: The paper's trained logistic gate, one set in closed form, or none (ReFT).
+        last_prompt: Prompt tokens edited, counted from its end.
+        outputs: Whether output tokens are edited.
+        chat: Whether edits are also trained inside the host's chat template, where it has one.
+        train_eos: Whether the model also learns to stop after the target.
+        load_balance: Weight of `R_bal`.
+        balance_form: How the load of past edits counts.
+        locality: Weight of `R_loc`.
+        locality_from_step: First step on which `R_loc` counts; before, A, b and R shall have moved.
+        gate_threshold: Closed form: weight at and below which a gate is exactly zero.
+        gate_sharpness: Closed form: slope of the gate in its score, which is one at the edit.
+        gate_midpoint: Closed form: score at which a gate stands at one half, at least.
+        gate_clearance: Closed form: how far the midpoint stays above the scores of the background.
+        gate_shrinkage: Closed form: how far the background's covariance is drawn to its diagonal.
+        slot_share: Closed form: share of the background's weight that goes to states at the same slot
+            (the last token of other prompts, raw or in the chat template).
+        max_target_tokens: Longest target that is taken for a fact.
+
+    Raises:
+        ConfigError: If a value is out of range, or two do not fit together.
+    """
+
+    layers: tuple[int, ...] | None = None
+    deepest_layers: int | None = None
+    rank: int = 12
+    bases: Literal["own", "shared"] = "own"
+    gate: Literal["logistic", "closed_form", "open"] = "closed_form"
+    last_prompt: int = 3
+    outputs: bool = True
+    chat: bool = True
+    train_eos: bool = True
+    load_balance: float = 0.0
+    balance_form: BalanceForm = "running"
+    locality: float = 0.0
+    locality_from_step: int = 3
+    gate_threshold: float = 0.1
+    gate_sharpness: float = 14.0
+    gate_midpoint: float = 0.4
+    gate_clearance: float = 0.2
+    gate_shrinkage: float = 0.1
+    slot_share: float = 0.5
+    max_target_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        PositionSpec(self.last_prompt, self.outputs)
+        if (self.gate == "closed_form") != (self.bases == "own"):
+            raise ConfigError(
+                f"gate={self.gate!r} and bases={self.bases!r} do not fit: a gate in closed form belongs to "
+                "bases of its own, a trained or open gate to shared ones"
+            )
+        if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
+            raise ConfigError(f"layers must name at least one layer, each once, got {list(self.layers)}")
+        bounds = {
+            "rank": self.rank >= 1,
+            "deepest_layers": self.deepest_layers is None or self.deepest_layers >= 1,
+            "load_balance": self.load_balance >= 0,
+            "locality": self.locality >= 0,
+            "gate_threshold": 0 <= self.gate_threshold < 1,
+            "gate_sharpness": self.gate_sharpness > 0,
+            "gate_midpoint": 0 < self.gate_midpoint < 1,
+            "gate_clearance": self.gate_clearance >= 0,
+            "gate_shrinkage": 0 < self.gate_shrinkage <= 1,
+            "slot_share": 0 <= self.slot_share < 1,
+            "max_target_tokens": self.max_target_tokens >= 1,
+        }
+        for name, fits in bounds.items():
+            if not fits:
+                raise ConfigError(f"{name} is out of range: got {getattr(self, name)}")
+
+    @property
+    def hard_zero(self) -> float:
+        """Weight at and below which a gate is shut; the paper's gates have none."""
+        return self.gate_threshold if self.gate == "closed_form" else 0.0
+
+
+PAPER = BaftConfig(
+    bases="shared",
+    gate="logistic",
+    learning_rate=2e-3,
+    schedule="constant",
+    max_steps=70,
+    stop_loss=0.02,
+    stop_margin=None,
+    chat=False,
+    train_eos=False,
+    load_balance=0.1,
+)
+DEFAULT = BaftConfig(deepest_layers=2)

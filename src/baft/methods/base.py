@@ -1,0 +1,148 @@
+"""What every editing method offers, and the registry that names them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from baft.errors import UndoError
+from baft.hosts.edited_model import EditedModel
+from baft.hosts.models import Host
+from baft.registry import Registry, unknown_name
+from baft.types import EditRequest
+
+OnStep = Callable[[int, int, float], None]  # step, most steps there can be, loss
+
+
+class Capability(StrEnum):
+    """What a method can do."""
+
+    BATCH = "batch"  # several edits in one optimization
+    SEQUENTIAL = "sequential"  # edits on top of edits
+    EXACT_UNDO = "exact_undo"  # taking an edit back restores every bit
+    NEEDS_SUBJECT = "needs_subject"
+    CHANGES_WEIGHTS = "changes_weights"
+
+
+@dataclass(frozen=True, slots=True)
+class EditOutcome:
+    """How one optimization went.
+
+    Args:
+        edit_ids: The edits it made.
+        decoded: Whether each edit's target, and its end where that is trained, is what greedy decoding
+            says, in every rendering it was trained on.
+        margins: The smallest lead of any target token of each edit over the best other token, in nats.
+        losses: The loss at every step.
+        n_steps: Steps taken.
+        stopped: Why it stopped.
+        seconds_s: Wall time.
+    """
+
+    edit_ids: tuple[str, ...]
+    decoded: tuple[bool, ...]
+    margins: tuple[float, ...]
+    losses: tuple[float, ...]
+    n_steps: int
+    stopped: Literal["margin", "loss", "max_steps", "closed_form"]
+    seconds_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class GateReading:
+    """The weights of one edit's bases at one token.
+
+    Args:
+        layer: Decoder block whose output they act on.
+        edit_id: The edit that owns the bases, or None where all edits share them.
+        position: Index of the token in the sequence shown.
+        weights: `w_k(h)` of every basis, in [0, 1].
+    """
+
+    layer: int
+    edit_id: str | None
+    position: int
+    weights: tuple[float, ...]
+
+
+class Editor(ABC):
+    """A method at work on one host.
+
+    Args:
+        host: The host; its weights are never changed unless the method says so.
+        config: The method's settings.
+        seed: Of everything random in it.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    capabilities: ClassVar[frozenset[Capability]]
+    presets: ClassVar[Mapping[str, Any]]
+
+    def __init__(self, host: Host, config: Any, *, seed: int = 0):
+        self.host, self.config, self.seed = host, config, seed
+        self.requests: tuple[EditRequest, ...] = ()
+
+    @property
+    @abstractmethod
+    def edited(self) -> EditedModel:
+        """The host with the edits in force."""
+
+    @abstractmethod
+    def apply(self, request: EditRequest, *, on_step: OnStep | None = None) -> EditOutcome:
+        """Makes the edits of a request on top of those in force.
+
+        Raises:
+            InputError: If a prompt or target does not fit the host.
+            EditError: If the optimization breaks down; nothing has changed then.
+        """
+
+    @abstractmethod
+    def undo(self) -> EditRequest:
+        """Takes the last request back.
+
+        Raises:
+            UndoError: If there is none, or what came before it is no longer known.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the edits added; nothing of the host."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Tensor], requests: Sequence[EditRequest]) -> None:
+        """Puts saved edits into force in place of the present ones.
+
+        Raises:
+            DamagedArtifactError: If a tensor is missing, left over, or of the wrong shape.
+        """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forgets every edit."""
+
+    @abstractmethod
+    def explain(self, ids: Sequence[int], n_prompt_tokens: int) -> tuple[GateReading, ...]:
+        """The gates at every edited token of a sequence, whether they open or not."""
+
+    @classmethod
+    def preset(cls, name: str) -> Any:
+        """The settings of a preset.
+
+        Raises:
+            UnknownNameError: If the method has no preset of that name.
+        """
+        if name not in cls.presets:
+            raise unknown_name(f"{cls.name} preset", name, list(cls.presets))
+        return cls.presets[name]
+
+    def _nothing_to_undo(self) -> UndoError:
+        return UndoError("there is no edit to take back: the model is the host")
+
+
+methods: Registry[type[Editor]] = Registry("method", base=Editor, group="baft.methods")
+methods.add("baft", "baft.methods.baft:BaftEditor")
+methods.add("reft", "baft.methods.baft:ReftEditor")

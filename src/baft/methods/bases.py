@@ -1,0 +1,352 @@
+"""Two ways of keeping the bases of edits: one set that all share, or a set for every edit.
+
+Both begin an edit (what is trained), commit it, take it back, and write themselves down as tensors.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from baft.errors import DamagedArtifactError, UndoError
+from baft.hosts.architecture import Site, intervention_dtype, site_device
+from baft.hosts.background import Background
+from baft.hosts.edited_model import Parts
+from baft.hosts.encoding import EncodedEdit
+from baft.hosts.models import Host
+from baft.methods.baft_config import BaftConfig
+from baft.methods.closed_form import ClosedFormGates, edit_keys
+from baft.methods.training import FullPass, Penalty, Predictions
+from baft.nn.gates import ConditionedGate, Gate, LogisticGate, OpenGate
+from baft.nn.interventions import SubspaceIntervention, concatenate
+from baft.nn.losses import accumulate_load, load_balance, locality
+from baft.nn.orthonormal import random_orthonormal
+from baft.types import EditRequest
+
+Layers = Mapping[Site, SubspaceIntervention]
+Loads = Mapping[Site, Float[Tensor, "block rank"]]
+
+N_SNAPSHOTS_SAVED = 10  # further back, shared bases cannot be undone from an artifact
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What bases need to know of their host and settings."""
+
+    host: Host
+    config: BaftConfig
+    sites: tuple[Site, ...]
+    d_model: int
+    seed: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of every number of an intervention."""
+        return intervention_dtype(self.host.model)
+
+    def device(self, site: Site) -> torch.device:
+        """Where the states of a site live."""
+        return site_device(self.host.model, site)
+
+    def identity(self, site: Site, gate: Gate, owners: Sequence[str | None]) -> SubspaceIntervention:
+        """Random bases that change nothing yet: `A = R`, `b = 0`.
+
+        The bases that an edit owns are drawn from the seed, the layer and the edit, so that they do not
+        depend on what else is edited.
+        """
+        rank, dtype, device = self.config.rank, self.dtype, self.device(site)
+        drawn = []
+        for owner in owners:
+            seed = int(owner or "0", 16) ^ (self.seed * 0x9E3779B97F4A7C15) ^ (site.layer * 0xBF58476D1CE4E5B9)
+            generator = torch.Generator().manual_seed(seed % (1 << 63))
+            drawn.append(random_orthonormal(1, rank, self.d_model, generator=generator, dtype=dtype))
+        R = torch.cat(drawn).to(device)
+        return SubspaceIntervention(R, R.clone(), torch.zeros(R.shape[:2], dtype=dtype, device=device), gate)
+
+    def read(self, left: dict[str, Tensor], owner: str) -> dict[Site, SubspaceIntervention]:
+        """One block at every site, taken out of the tensors that are left to read.
+
+        Raises:
+            DamagedArtifactError: If a tensor is missing or has the wrong shape.
+        """
+        rank, d = self.config.rank, self.d_model
+        layers = {}
+        for site in self.sites:
+            R, A = (self.take(left, owner, site, name, (rank, d)) for name in ("R", "A"))
+            gate: Gate = OpenGate(1, rank)
+            if self.config.gate != "open":
+                U, c = self.take(left, owner, site, "U", (rank, d)), self.take(left, owner, site, "c", (rank,))
+                gate = LogisticGate(U, c, threshold=self.config.hard_zero)
+            part = SubspaceIntervention(R, A, self.take(left, owner, site, "b", (rank,)), gate)
+            layers[site] = part.requires_grad_(False)
+        return layers
+
+    def take(
+        self, left: dict[str, Tensor], owner: str, site: Site, name: str, shape: tuple[int, ...]
+    ) -> Float[Tensor, "1 *shape"]:
+        """One tensor, removed from those that are left to read; a block axis is put before its own."""
+        key = f"{owner}.layer{site.layer}.{name}"
+        if key not in left:
+            raise DamagedArtifactError(f"tensor {key!r} is missing from the saved edits")
+        tensor = left.pop(key)
+        if tuple(tensor.shape) != shape:
+            raise DamagedArtifactError(f"tensor {key!r} has shape {list(tensor.shape)}, expected {list(shape)}")
+        return tensor.to(self.device(site), self.dtype).unsqueeze(0)
+
+
+class Bases(ABC):
+    """The bases of all edits in force, and how a request changes them."""
+
+    def __init__(self, frame: Frame):
+        self.frame = frame
+
+    @abstractmethod
+    def start(
+        self, request: EditRequest, run: FullPass, texts: Sequence[EncodedEdit], negatives: Background | None
+    ) -> dict[Site, SubspaceIntervention]:
+        """What a request trains."""
+
+    @abstractmethod
+    def beside(self) -> Mapping[Site, Parts]:
+        """What is in force beside it meanwhile."""
+
+    @abstractmethod
+    def penalty(self, trained: Layers, negatives: Background | None, n_requests: int) -> Penalty | None:
+        """Terms of the loss beside cross-entropy."""
+
+    @abstractmethod
+    def commit(self, run: FullPass, trained: Layers) -> None:
+        """Puts what was trained among the edits in force."""
+
+    @abstractmethod
+    def undo(self) -> None:
+        """Takes the last commit back, every bit of it."""
+
+    @abstractmethod
+    def in_force(self) -> Mapping[Site, Parts]:
+        """The interventions of all edits."""
+
+    @abstractmethod
+    def owners(self, requests: Sequence[EditRequest]) -> list[str | None]:
+        """Which edit owns each block, in order; None where all share it."""
+
+    @abstractmethod
+    def tensors(self, requests: Sequence[EditRequest]) -> dict[str, Tensor]:
+        """Everything, by name."""
+
+    @abstractmethod
+    def load(self, left: dict[str, Tensor], requests: Sequence[EditRequest]) -> None:
+        """The inverse of `tensors`; takes what it reads out of `left`."""
+
+
+@final
+class OwnBases(Bases):
+    """Every edit has bases of its own, behind closed-form gates; edits add up."""
+
+    def __init__(self, frame: Frame):
+        super().__init__(frame)
+        self._by_request: list[Layers] = []  # blocks in the order of the request's edits
+        self._fused: Mapping[Site, Parts] = {}
+
+    def start(
+        self, request: EditRequest, run: FullPass, texts: Sequence[EncodedEdit], negatives: Background | None
+    ) -> dict[Site, SubspaceIntervention]:
+        """Random bases behind gates that open at each edit's own states, as the unedited host has them."""
+        assert negatives is not None
+        frame, states, started = self.frame, run.states(), {}
+        owners = [edit.id for edit in request.edits]
+        for site in frame.sites:
+            keys = edit_keys(states, run.mask, texts, len(owners), site)
+            gate = ClosedFormGates(frame.config, negatives, site, frame.device(site)).gate(keys, frame.dtype)
+            started[site] = frame.identity(site, gate, owners)
+        return started
+
+    def beside(self) -> Mapping[Site, Parts]:
+        """All earlier edits."""
+        return self._fused
+
+    def penalty(self, trained: Layers, negatives: Background | None, n_requests: int) -> Penalty | None:
+        """None: the gates are not trained."""
+        return None
+
+    def commit(self, run: FullPass, trained: Layers) -> None:
+        """Adds a block for every edit."""
+        self._by_request.append({site: part.frozen() for site, part in trained.items()})
+        self._fuse()
+
+    def undo(self) -> None:
+        """Removes the last request's blocks; what is left is as it was."""
+        self._by_request.pop()
+        self._fuse()
+
+    def in_force(self) -> Mapping[Site, Parts]:
+        """One intervention a site, with the blocks of all edits."""
+        return self._fused
+
+    def owners(self, requests: Sequence[EditRequest]) -> list[str | None]:
+        """The edits, in order."""
+        return [edit.id for request in requests for edit in request.edits]
+
+    def tensors(self, requests: Sequence[EditRequest]) -> dict[str, Tensor]:
+        """By edit and layer."""
+        return {
+            f"{edit.id}.layer{site.layer}.{name}": tensor[block]
+            for request, layers in zip(requests, self._by_request, strict=True)
+            for site, part in layers.items()
+            for name, tensor in _tensors(part).items()
+            for block, edit in enumerate(request.edits)
+        }
+
+    def load(self, left: dict[str, Tensor], requests: Sequence[EditRequest]) -> None:
+        """Reads a block for every edit."""
+        by_request: list[Layers] = []
+        for request in requests:
+            blocks = [self.frame.read(left, edit.id) for edit in request.edits]
+            by_request.append({site: concatenate([block[site] for block in blocks]) for site in self.frame.sites})
+        self._by_request = by_request
+        self._fuse()
+
+    def _fuse(self) -> None:
+        self._fused = {}
+        if self._by_request:
+            self._fused = {
+                site: (concatenate([layers[site] for layers in self._by_request]),) for site in self.frame.sites
+            }
+
+
+@final
+class SharedBases(Bases):
+    """The paper's mode: one block a layer, trained on by every edit; undo restores a snapshot."""
+
+    def __init__(self, frame: Frame):
+        super().__init__(frame)
+        self._now: tuple[Layers, Loads] | None = None
+        self._before: list[tuple[Layers, Loads] | None] = []
+
+    def start(
+        self, request: EditRequest, run: FullPass, texts: Sequence[EncodedEdit], negatives: Background | None
+    ) -> dict[Site, SubspaceIntervention]:
+        """A trainable copy of what is in force, or the identity before the first edit."""
+        frame, started = self.frame, {}
+        for site in frame.sites:
+            gate: Gate = OpenGate(1, frame.config.rank)
+            now = None if self._now is None else self._now[0][site]
+            if frame.config.gate == "logistic":
+                assert negatives is not None
+                states = negatives.states[site].to(frame.device(site))
+                scale = states.std(0).clamp_min(1e-6)
+                gate = ConditionedGate(1, frame.config.rank, mean=states.mean(0), scale=scale)
+                if now is not None:
+                    assert isinstance(now.gate, LogisticGate)
+                    gate.load(now.gate)
+            if now is None:
+                started[site] = frame.identity(site, gate, [None])
+            else:
+                started[site] = SubspaceIntervention(now.R.clone(), now.A.clone(), now.b.clone(), gate)
+        return started
+
+    def beside(self) -> Mapping[Site, Parts]:
+        """Nothing: what was in force is what is trained on."""
+        return {}
+
+    def penalty(self, trained: Layers, negatives: Background | None, n_requests: int) -> Penalty | None:
+        """`lambda_bal R_bal + lambda_loc R_loc`, each the mean over layers."""
+        config = self.frame.config
+        if config.gate == "open" or not (config.load_balance or config.locality):
+            return None
+        loads = {} if self._now is None else self._now[1]
+
+        def penalty(step: int, predictions: Predictions) -> Tensor | None:
+            terms = []
+            for site, part in trained.items():
+                if config.load_balance:
+                    now = part.gate.soft(predictions.states[site].to(part.R.dtype)).mean(0)
+                    times = n_requests if config.balance_form == "running_times_t" else 1
+                    balance = load_balance(now, loads.get(site, torch.zeros_like(now)))
+                    terms.append(config.load_balance * times * balance)
+                if config.locality and step >= config.locality_from_step and negatives is not None:
+                    unrelated = negatives.states[site].to(part.R)
+                    terms.append(config.locality * locality(part.gate.soft(unrelated)))
+            return torch.stack([term.to(terms[0].device) for term in terms]).sum() / len(trained) if terms else None
+
+        return penalty
+
+    @torch.no_grad()
+    def commit(self, run: FullPass, trained: Layers) -> None:
+        """Puts the trained block in the place of the old, and adds its load to the bases' account."""
+        layers = {site: part.frozen() for site, part in trained.items()}
+        loads: dict[Site, Tensor] = {}
+        if self.frame.config.gate == "logistic":
+            states = run({site: (part,) for site, part in layers.items()}).states
+            past = {} if self._now is None else self._now[1]
+            for site, part in layers.items():
+                now = part.gate.soft(states[site].to(part.R.dtype)).mean(0)
+                before = past.get(site, torch.zeros_like(now))
+                loads[site] = accumulate_load(before, now, self.frame.config.balance_form)
+        self._before.append(self._now)
+        self._now = (layers, loads)
+
+    def undo(self) -> None:
+        """Restores the snapshot taken before the last request.
+
+        Raises:
+            UndoError: If the set was loaded from an artifact that no longer holds it.
+        """
+        if not self._before:
+            raise UndoError(
+                f"an artifact with shared bases remembers the last {N_SNAPSHOTS_SAVED} edit requests, and they are "
+                "taken back already: to go further, edit the host anew without the edits that you do not want "
+                "(edits.jsonl holds them, config.json the seed)"
+            )
+        self._now = self._before.pop()
+
+    def in_force(self) -> Mapping[Site, Parts]:
+        """The shared block of every site."""
+        return {} if self._now is None else {site: (part,) for site, part in self._now[0].items()}
+
+    def owners(self, requests: Sequence[EditRequest]) -> list[str | None]:
+        """Nobody owns the one block."""
+        return [None]
+
+    def tensors(self, requests: Sequence[EditRequest]) -> dict[str, Tensor]:
+        """The block in force, and the last snapshots, oldest first."""
+        kept = [*self._before[-N_SNAPSHOTS_SAVED:], self._now] if self._now else []
+        names = [*(f"snapshot{i}" for i in range(len(kept) - 1)), "shared"]
+        found: dict[str, Tensor] = {}
+        for owner, state in zip(names, kept, strict=False):
+            if state is None:
+                continue  # the host itself, before the first edit
+            for site, part in state[0].items():
+                for name, tensor in (_tensors(part) | ({"load": state[1][site]} if state[1] else {})).items():
+                    found[f"{owner}.layer{site.layer}.{name}"] = tensor[0]
+        return found
+
+    def load(self, left: dict[str, Tensor], requests: Sequence[EditRequest]) -> None:
+        """Reads the block in force and its snapshots."""
+        now: tuple[Layers, Loads] | None = None
+        before: list[tuple[Layers, Loads] | None] = []
+        if requests:
+            now = self._read(left, "shared")
+            for i in range(min(len(requests), N_SNAPSHOTS_SAVED)):
+                is_kept = any(name.startswith(f"snapshot{i}.") for name in left)
+                if is_kept or (i == 0 and len(requests) <= N_SNAPSHOTS_SAVED):
+                    before.append(self._read(left, f"snapshot{i}") if is_kept else None)
+        self._now, self._before = now, before
+
+    def _read(self, left: dict[str, Tensor], owner: str) -> tuple[Layers, Loads]:
+        layers = self.frame.read(left, owner)
+        if self.frame.config.gate == "open":
+            return layers, {}
+        shape = (self.frame.config.rank,)
+        return layers, {site: self.frame.take(left, owner, site, "load", shape) for site in self.frame.sites}
+
+
+def _tensors(part: SubspaceIntervention) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {"R": part.R, "A": part.A, "b": part.b}
+    if isinstance(part.gate, LogisticGate):
+        tensors |= {"U": part.gate.U, "c": part.gate.c}
+    return tensors

@@ -1,0 +1,116 @@
+"""Gates in closed form: open at an edit's own states, shut on ordinary ones, nothing to train.
+
+Our own construction, not the paper's. The background's mean and covariance give, for each state of the
+edit, the linear score that is one there and varies least elsewhere (`Whitening.gate`); a logistic of that
+score, with a hard zero, is BaFT's gate.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from baft.hosts.architecture import Site
+from baft.hosts.background import Background, Slot
+from baft.hosts.encoding import EncodedEdit
+from baft.methods.baft_config import BaftConfig
+from baft.nn.gates import LogisticGate
+from baft.nn.whitening import Whitening
+
+_ORDINARY_QUANTILE = 0.999
+
+
+def key_slots(mask: Bool[Tensor, "row pos"], texts: Sequence[EncodedEdit]) -> Int[Tensor, " state"]:
+    """For every edited token, the kind of key it is: last prompt token, output token, or -1 for none.
+
+    Tokens before the last of a prompt are edited too where a gate opens, but are no keys: their states say
+    which words end the prompt, and hardly what it is about (experiments/LOG.md).
+    """
+    row, column = mask.nonzero().unbind(-1)
+    n_prompt = torch.tensor([len(text.prompt_ids) for text in texts], device=mask.device)[row]
+    in_chat = torch.tensor([text.is_chat for text in texts], device=mask.device)[row]
+    last = torch.where(in_chat, int(Slot.LAST_CHAT), int(Slot.LAST_RAW))
+    is_key = torch.where(column >= n_prompt, int(Slot.TEXT), -1)
+    return torch.where(column == n_prompt - 1, last, is_key)
+
+
+class ClosedFormGates:
+    """Makes the gates of one site for one request.
+
+    Args:
+        config: The `gate_...` settings, `slot_share` and `rank`.
+        negatives: States at which gates shall stay shut.
+        site: The site.
+        device: Where its states live.
+    """
+
+    def __init__(self, config: BaftConfig, negatives: Background, site: Site, device: torch.device):
+        self.config = config
+        self.states = negatives.states[site].to(device).double()
+        self._slots = negatives.slots.to(device)
+        self._fits: dict[int, Whitening] = {}
+
+    def fit(self, slot: int) -> Whitening:
+        """Background statistics for keys at a slot: part of the weight is on states at that very slot."""
+        if slot not in self._fits:
+            here = (self._slots == slot).double()
+            weights = torch.full_like(here, 1.0 / len(here))
+            if slot != Slot.TEXT and bool(here.any()):
+                share = self.config.slot_share
+                weights = (1.0 - share) * weights + share * here / here.sum()
+            self._fits[slot] = Whitening.fit(self.states, weights, shrinkage=self.config.gate_shrinkage)
+        return self._fits[slot]
+
+    def block(
+        self, keys: Float[Tensor, "key d_model"], slots: Int[Tensor, " key"]
+    ) -> tuple[Float[Tensor, "rank d_model"], Float[Tensor, " rank"]]:
+        """The gates of one edit's bases, in float64.
+
+        Basis k opens at key k and, where there are more keys than bases, at keys k + rank, k + 2 rank ..;
+        where there are fewer, several bases share a key. A gate's midpoint keeps clear of the score that
+        ordinary states reach.
+
+        Args:
+            keys: The edit's states, all renderings one after the other.
+            slots: What kind of key each of them is.
+        """
+        config = self.config
+        gates = []
+        for k in range(min(config.rank, len(keys))):
+            u, c = self.fit(int(slots[k])).gate(
+                keys[k :: config.rank], sharpness=config.gate_sharpness, midpoint=0.0
+            )
+            scores = (self.states @ u + c) / config.gate_sharpness
+            ordinary = torch.quantile(scores, _ORDINARY_QUANTILE).item()
+            midpoint = max(config.gate_midpoint, ordinary + config.gate_clearance)
+            gates.append((u, c - config.gate_sharpness * midpoint))
+        U, c = (torch.stack(parts) for parts in zip(*gates, strict=True))
+        spread = torch.arange(config.rank, device=keys.device) % len(gates)
+        return U[spread], c[spread]
+
+    def gate(
+        self, of_edits: Sequence[tuple[Float[Tensor, "key d_model"], Int[Tensor, " key"]]], dtype: torch.dtype
+    ) -> LogisticGate:
+        """The gates of several edits, a block each."""
+        blocks = [self.block(keys, slots) for keys, slots in of_edits]
+        U, c = (torch.stack(parts).to(dtype) for parts in zip(*blocks, strict=True))
+        return LogisticGate(U, c, threshold=self.config.gate_threshold)
+
+
+def edit_keys(
+    states: Mapping[Site, Float[Tensor, "state d_model"]],
+    mask: Bool[Tensor, "row pos"],
+    texts: Sequence[EncodedEdit],
+    n_edits: int,
+    site: Site,
+) -> list[tuple[Float[Tensor, "key d_model"], Int[Tensor, " key"]]]:
+    """The keys of each edit of a request at one site, with their slots."""
+    slots = key_slots(mask, texts)
+    edit_of_row = torch.arange(n_edits, device=mask.device).repeat_interleave(len(texts) // n_edits)
+    edit_of_state = edit_of_row[mask.nonzero()[:, 0]]
+    found = []
+    for edit in range(n_edits):
+        mine = (edit_of_state == edit) & (slots >= 0)
+        found.append((states[site][mine.to(states[site].device)], slots[mine]))
+    return found
