@@ -5,6 +5,7 @@ holds for every decoder-only family in transformers (`model.layers`, `transforme
 `model.decoder.layers`) and below the wrappers of peft.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -50,7 +51,7 @@ class Architecture:
         """
         if not 0 <= site.layer < self.n_layers:
             raise ConfigError(
-                f"layer {site.layer} is out of range: this host has {self.n_layers} layers, 0 to {self.n_layers - 1}"
+                f"layer {site.layer} is out of range: this host has {self.n_layers} layers, counted from 0"
             )
         return self.blocks[site.layer]
 
@@ -69,14 +70,26 @@ def find_architecture(model: nn.Module) -> Architecture:
     """Finds the decoder blocks of a host.
 
     Raises:
-        UnsupportedHostError: If the host is an encoder-decoder, or no single stack of blocks fits.
+        UnsupportedHostError: If the host is an encoder-decoder, keeps no cache of keys and values, puts
+            learned tokens before the text, or no single stack of blocks fits.
     """
     config = text_config(model)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedHostError(
             f"{type(model).__name__} is an encoder-decoder; edits need a decoder-only language model"
         )
-    n_layers, d_model = config.num_hidden_layers, config.hidden_size
+    adapters = getattr(model, "peft_config", None) or {}
+    if any(adapter.is_prompt_learning for adapter in adapters.values()):
+        raise UnsupportedHostError(
+            f"{type(model).__name__} puts learned tokens before each text, and edits would miss theirs: "
+            "use an adapter on the weights, such as LoRA"
+        )
+    n_layers, d_model = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
+    if n_layers is None or d_model is None:
+        raise UnsupportedHostError(
+            f"{type(model).__name__} has no config that tells its layers and width: a host is a Hugging Face "
+            "causal language model"
+        )
     lists = [
         (name, module)
         for name, module in model.named_modules()
@@ -92,6 +105,11 @@ def find_architecture(model: nn.Module) -> Architecture:
         )
     name, blocks = outermost[0]
     stack = model.get_submodule(name.rpartition(".")[0])
+    if "past_key_values" not in inspect.signature(stack.forward).parameters:
+        raise UnsupportedHostError(
+            f"{type(model).__name__} keeps no cache of keys and values, so that an edit could not count the "
+            "tokens seen before: only attention hosts are supported"
+        )
     return Architecture(stack, blocks, d_model, getattr(config, "max_position_embeddings", None))
 
 
@@ -107,3 +125,12 @@ def intervention_dtype(model: nn.Module) -> torch.dtype:
     """Precision of everything an intervention computes: float32, or float64 on a float64 host."""
     dtypes = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
     return torch.float64 if dtypes == {torch.float64} else torch.float32
+
+
+def site_device(model: nn.Module, site: Site) -> torch.device:
+    """Where the states of a site live: with its block's weights, or with the host's if those are offloaded."""
+    for parameter in find_architecture(model).block(site).parameters():
+        if parameter.device.type != "meta":
+            return parameter.device
+    device: Any = model.device
+    return torch.device(device)

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -19,8 +20,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from baft.errors import GenerationError, InputError
-from baft.hosts.architecture import Architecture, Site, find_architecture
+from baft.errors import GenerationError, InputError, UnsupportedHostError
+from baft.hosts.architecture import Architecture, Site, find_architecture, text_config
 from baft.hosts.positions import PositionSpec, Window
 from baft.nn.interventions import SubspaceIntervention, intervene
 
@@ -56,6 +57,8 @@ class _Call:
 
 _current: ContextVar[_Call | None] = ContextVar("baft_call", default=None)
 _disabled: ContextVar[tuple["EditedModel", ...]] = ContextVar("baft_disabled", default=())
+# Torch numbers its hooks without a lock: two threads could get one number, and one hook replace the other.
+_hanging = threading.Lock()
 
 
 class EditedModel:
@@ -64,21 +67,26 @@ class EditedModel:
     While disabled, and wherever no gate opens, its logits are bit for bit the host's.
 
     Args:
-        host: A decoder-only causal language model; never changed.
+        host: A decoder-only causal language model, or a PEFT model around one; never changed.
         interventions: What acts at each site; all parts of a site read the same state, and add up.
         positions: Which tokens are edited.
 
     Raises:
-        UnsupportedHostError: If the host's decoder blocks cannot be found.
+        UnsupportedHostError: If the host's decoder blocks cannot be found, or it is itself a live view.
         ConfigError: If a site names a layer that the host does not have.
     """
 
     def __init__(
         self,
-        host: PreTrainedModel,
+        host: nn.Module,
         interventions: Mapping[Site, Parts] | None = None,
         positions: PositionSpec | None = None,
     ):
+        if getattr(type(host), "baft_edited_model", None) is not None:
+            raise UnsupportedHostError(
+                "this host is the live view of an edited model, whose edits would hide these: give the host "
+                "itself, and all interventions to one EditedModel"
+            )
         self.host = host
         self.positions = positions or PositionSpec()
         self.architecture: Architecture = find_architecture(host)
@@ -134,30 +142,36 @@ class EditedModel:
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **arguments}
         return self._run(self.host, given, n_prompt_tokens, recording)
 
-    def generate(self, input_ids: Int[Tensor, "batch pos"], **arguments: Any) -> Any:
+    def generate(self, input_ids: Int[Tensor, "batch pos"] | None = None, **arguments: Any) -> Any:
         """Runs the host's own `generate` with the edits in force; takes and returns what that does.
+
+        A conversation may go on from the `past_key_values` of an earlier call: what the cache holds stays as
+        it was edited then, and all of `input_ids` is the new prompt, earlier replies included.
 
         Raises:
             InputError: If rows are padded on the right, or there are no token ids.
             GenerationError: For ways of generating that show the host tokens out of order or guess
                 them with another model: assisted decoding, prompt lookup, continuous batching, custom code.
         """
-        if not isinstance(input_ids, Tensor):
-            raise InputError(f"generate needs input_ids as a tensor, got {type(input_ids).__name__}")
-        _refuse_unsafe_generation(arguments)
-        mask = arguments.get("attention_mask")
-        if mask is None:
-            mask = self._guess_mask(input_ids)
-        if not bool(mask[:, -1].all()):
-            raise InputError("generate continues the last token: pad prompts on the left (padding_side='left')")
-        arguments = {**arguments, "input_ids": input_ids, "attention_mask": mask}
+        host: Any = self.host
         if not self.is_enabled:
-            return self.host.generate(**arguments)
+            return host.generate(**arguments, input_ids=input_ids)
+        if input_ids is None or input_ids.shape[-1] == 0:
+            raise InputError(
+                "generate was given no tokens: give input_ids, [batch, pos], a prompt in each row"
+            )
+        settings = _settings(host, arguments)
+        _refuse_unsafe_generation(settings)
+        mask = arguments.get("attention_mask")
+        mask = _guess_mask(input_ids, settings) if mask is None else _checked_mask(mask)
+        if not bool(mask[:, -1].all()):
+            raise InputError("generate goes on from the last token: pad on the left (padding_side='left')")
+        arguments = {**arguments, "input_ids": input_ids, "attention_mask": mask}
         # A compiled step would have to be compiled anew for every token: the window moves.
         arguments.setdefault("disable_compile", True)
         window = self._window(input_ids, mask.bool(), mask.sum(-1))
         with self._hooks(_Call(window, self._interventions, None)):
-            return self.host.generate(**arguments)
+            return host.generate(**arguments)
 
     def _run(
         self,
@@ -172,14 +186,12 @@ class EditedModel:
         shown = ids if ids is not None else given.get("inputs_embeds")
         if shown is None:
             raise InputError("the host was shown nothing: give input_ids")
-        past = _cached_tokens(given.get("past_key_values"))
+        total = _cached_tokens(given.get("past_key_values")) + shown.shape[1]
         if mask is None:
-            real = torch.ones(shown.shape[0], past + shown.shape[1], dtype=torch.bool, device=shown.device)
-        elif mask.ndim == 2:
-            real = mask.bool()
+            real = torch.ones(shown.shape[0], total, dtype=torch.bool, device=shown.device)
         else:
-            raise InputError(f"edits need a mask of one number a token, got {mask.ndim} axes: give [batch, pos]")
-        window = self._window(ids if not past else None, real, n_prompt_tokens)
+            real = _checked_mask(mask, total).bool()[:, :total]
+        window = self._window(ids, real, n_prompt_tokens)
         parts = self._interventions if self.is_enabled else dict.fromkeys(self._interventions, ())
         with self._hooks(_Call(window, parts, recording)):
             return run(**given)
@@ -187,26 +199,17 @@ class EditedModel:
     def _window(
         self,
         ids: Int[Tensor, "batch pos"] | None,
-        real: Bool[Tensor, "batch total"],
+        real: Bool[Tensor, "known total"],
         n_prompt_tokens: Int[Tensor, " batch"] | None,
     ) -> Window:
-        bos = getattr(self.host.config, "bos_token_id", None)
+        bos = getattr(text_config(self.host), "bos_token_id", None)
         starts_with_bos = torch.zeros(real.shape[0], dtype=torch.bool, device=real.device)
         if ids is not None and bos is not None:
-            first = real.int().argmax(-1, keepdim=True)
-            starts_with_bos = ids.gather(-1, first).squeeze(-1) == bos
-        return Window(
-            self.positions, real, n_prompt_tokens=n_prompt_tokens, starts_with_bos=starts_with_bos
-        )
-
-    def _guess_mask(self, input_ids: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
-        """The host's own guess where no mask is given: pad tokens are padding unless they end texts."""
-        config = self.host.generation_config
-        pad, eos = config.pad_token_id, config.eos_token_id
-        ends = eos if isinstance(eos, list) else [eos]
-        if pad is None or pad in ends or not bool((input_ids == pad).any()):
-            return torch.ones_like(input_ids)
-        return (input_ids != pad).long()
+            n_cached = real.shape[1] - ids.shape[1]
+            first = real.int().argmax(-1) - n_cached  # below zero where the cache holds it
+            begins = ids.to(real.device).gather(-1, first.clamp(min=0).unsqueeze(-1)).squeeze(-1) == bos
+            starts_with_bos = begins & (first >= 0)
+        return Window(self.positions, real, n_prompt_tokens=n_prompt_tokens, starts_with_bos=starts_with_bos)
 
     @contextlib.contextmanager
     def _hooks(self, call: _Call) -> Iterator[None]:
@@ -215,16 +218,28 @@ class EditedModel:
         token = _current.set(call)
         try:
             stack = self.architecture.stack
-            handles.append(stack.register_forward_pre_hook(_note_tokens(call), with_kwargs=True, prepend=True))
-            for site in call.parts:
-                block = self.architecture.block(site)
-                # First in line: whoever watches the block's output sees the edited one.
-                handles.append(block.register_forward_hook(_edit_output(call, site), prepend=True))
+            with _hanging:
+                note = _note_tokens(call)
+                handles.append(stack.register_forward_pre_hook(note, with_kwargs=True, prepend=True))
+                for site in call.parts:
+                    block = self.architecture.block(site)
+                    # First in line: whoever watches the block's output sees the edited one.
+                    handles.append(block.register_forward_hook(_edit_output(call, site), prepend=True))
             yield
         finally:
             for handle in handles:
                 handle.remove()
             _current.reset(token)
+
+
+def _checked_mask(mask: Tensor, n_tokens: int = 0) -> Tensor:
+    if mask.ndim != 2:
+        raise InputError(f"edits need a mask of one number a token, got {mask.ndim} axes: give [batch, pos]")
+    if mask.shape[1] < n_tokens:
+        raise InputError(
+            f"the mask covers {mask.shape[1]} tokens; the cache and the new ones are {n_tokens}: cover all"
+        )
+    return mask
 
 
 def _cached_tokens(cache: Any) -> int:
@@ -234,10 +249,13 @@ def _cached_tokens(cache: Any) -> int:
 def _note_tokens(call: _Call) -> Any:
     """A hook before the stack: which of the tokens shown now are edited ones."""
 
-    def hook(_: nn.Module, args: tuple[Any, ...], arguments: dict[str, Any]) -> None:
-        if _current.get() is not call:
+    def hook(_: nn.Module, args: tuple[Any, ...], arguments: dict[str, Any] | None = None) -> None:
+        # Another thread may be running the stack just when this hook is taken down: torch then calls it
+        # as one that wants no keywords.
+        if _current.get() is not call or arguments is None:
             return
-        shown = next(x for x in (arguments.get("input_ids"), arguments.get("inputs_embeds"), *args) if x is not None)
+        named = (arguments.get("input_ids"), arguments.get("inputs_embeds"))
+        shown = next(x for x in (*named, *args) if x is not None)
         start = _cached_tokens(arguments.get("past_key_values"))
         call.mask = call.window.mask(start, shown.shape[1], shown.shape[0])
         if call.recording is not None:
@@ -272,54 +290,90 @@ def _edit_output(call: _Call, site: Site) -> Any:
     return hook
 
 
-def _refuse_unsafe_generation(arguments: Mapping[str, Any]) -> None:
-    config = arguments.get("generation_config")
+def _settings(host: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What rules one generation: what is given, before the given config, before the host's own."""
+    layers = [host.generation_config, arguments.get("generation_config")]
+    settings: dict[str, Any] = {}
+    for config in layers:
+        settings |= {} if config is None else {k: v for k, v in vars(config).items() if v is not None}
+    return settings | {k: v for k, v in arguments.items() if v is not None}
+
+
+def _guess_mask(input_ids: Int[Tensor, "batch pos"], settings: Mapping[str, Any]) -> Int[Tensor, "batch pos"]:
+    """The host's own guess where no mask is given: pad tokens are padding unless they end texts."""
+    pad, eos = settings.get("pad_token_id"), settings.get("eos_token_id")
+    ends = eos if isinstance(eos, list) else [eos]
+    if pad is None or pad in ends:
+        return torch.ones_like(input_ids)
+    return (input_ids != pad).long()
+
+
+def _refuse_unsafe_generation(settings: Mapping[str, Any]) -> None:
     for name, what in (
         ("assistant_model", "assisted decoding"),
         ("assistant_early_exit", "assisted decoding by early exit"),
+        ("use_mtp", "assisted decoding by multi-token prediction"),
         ("prompt_lookup_num_tokens", "prompt lookup decoding"),
         ("custom_generate", "custom generation code"),
+        ("trust_remote_code", "custom generation code"),
+        ("token_healing", "token healing"),
+        ("inputs_embeds", "a prompt of embeddings"),
+        ("guidance_scale", "classifier-free guidance"),
     ):
-        if arguments.get(name) is not None or getattr(config, name, None) is not None:
-            raise GenerationError(
-                f"{what} ({name}) shows the host guessed tokens, and an edit could not tell prompt from "
-                f"output: generate without it, or inside disabled()"
-            )
-    paged = arguments.get("cache_implementation") or getattr(config, "cache_implementation", None)
-    if paged == "paged":
-        _refuse_continuous_batching()
+        value = settings.get(name)
+        if value is None or value is False or (name == "guidance_scale" and value == 1):
+            continue
+        raise GenerationError(
+            f"{what} ({name}) shows the host more than the prompt and what follows it, and an edit could not "
+            f"tell prompt from output: generate without it, or inside disabled()"
+        )
+    if settings.get("cache_implementation") == "paged":
+        raise _no_continuous_batching()
 
 
-def _refuse_continuous_batching(*_: Any, **__: Any) -> Any:
-    raise GenerationError(
+def _no_continuous_batching() -> GenerationError:
+    return GenerationError(
         "continuous batching packs several requests into one row, and an edit could not tell prompt from "
-        "output: use generate with a padded batch"
+        "output: use generate with a padded batch, or batch inside disabled()"
     )
 
 
 def live_view(edited: EditedModel) -> PreTrainedModel:
     """The edited model as a `PreTrainedModel`, for any library that wants one.
 
-    It shares every module and weight with the host and is of the host's class, but runs with the edits
-    in force. Called without `n_prompt_tokens` it edits every token but BOS.
+    It shares every module and weight with the host and is of the host's class (of a PEFT model, of the
+    class that it wraps), but runs with the edits in force. Called without `n_prompt_tokens` it edits every
+    token but BOS. What it saves is the host, without the edits.
     """
-    host = edited.host
+    whole: Any = edited.host
+    host: Any = whole if isinstance(whole, PreTrainedModel) else whole.get_base_model()
     signature = inspect.signature(host.forward)
 
     @functools.wraps(type(host).forward)
     def forward(self: nn.Module, *args: Any, n_prompt_tokens: Tensor | None = None, **arguments: Any) -> Any:
-        bound = signature.bind(*args, **arguments)
-        given = {**bound.arguments, **bound.arguments.pop(_catch_all(signature), {})}
+        given = dict(signature.bind(*args, **arguments).arguments)
+        given |= given.pop(_catch_all(signature), {})
         return edited._run(host.forward, given, n_prompt_tokens)
 
-    def generate(self: nn.Module, inputs: Tensor | None = None, **arguments: Any) -> Any:
+    def generate(self: Any, inputs: Tensor | None = None, **arguments: Any) -> Any:
+        if self.generation_config is not whole.generation_config:  # the view was given one of its own
+            arguments.setdefault("generation_config", self.generation_config)
         ids = arguments.pop("input_ids", inputs)
         return edited.generate(ids, **arguments)
+
+    def batching(name: str) -> Any:
+        def method(self: nn.Module, *args: Any, **arguments: Any) -> Any:
+            if edited.is_enabled:
+                raise _no_continuous_batching()
+            return getattr(host, name)(*args, **arguments)
+
+        return method
 
     overrides = {
         "forward": forward,
         "generate": generate,
-        "generate_batch": _refuse_continuous_batching,
+        **{name: batching(name) for name in _CONTINUOUS_BATCHING},
+        "baft_edited_model": edited,
         "__module__": type(host).__module__,
         "__qualname__": type(host).__qualname__,
     }
@@ -327,6 +381,9 @@ def live_view(edited: EditedModel) -> PreTrainedModel:
     view.__dict__.pop("forward", None)  # accelerate puts its own on the instance; the host's is called anyway
     view.__class__ = type(type(host).__name__, (type(host),), overrides)
     return view
+
+
+_CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 def _catch_all(signature: inspect.Signature) -> str:

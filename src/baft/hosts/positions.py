@@ -32,7 +32,8 @@ class PositionSpec:
     def __post_init__(self) -> None:
         if self.last_prompt < 0 or (self.last_prompt == 0 and not self.outputs):
             raise ConfigError(
-                f"positions must name at least one token, got last_prompt={self.last_prompt}, outputs={self.outputs}"
+                "positions must name at least one token, "
+                f"got last_prompt={self.last_prompt}, outputs={self.outputs}"
             )
 
 
@@ -62,6 +63,7 @@ class Window:
         rank = real.cumsum(-1) - 1  # how many real tokens stand before this one
         edited = real & ~(starts_with_bos.unsqueeze(-1) & (rank == 0))
         if n_prompt_tokens is not None:
+            n_prompt_tokens = n_prompt_tokens.to(real.device)
             if (n_prompt_tokens > real.sum(-1)).any() or (n_prompt_tokens < 0).any():
                 raise InputError(
                     f"n_prompt_tokens {n_prompt_tokens.tolist()} does not fit rows of "
