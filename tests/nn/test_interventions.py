@@ -510,6 +510,12 @@ def test_sizes_are_those_of_the_modules(rank: int, d_model: int, n_layers: int, 
     assert n_parameters(d_model=d_model, rank=rank, n_layers=n_layers, gated=not gated) != built  # control
 
 
+def test_a_gate_of_another_shape_is_not_stretched_over_the_bases() -> None:
+    part = draws.intervention(0, 2, 3, OpenGate(1, 1))
+    with pytest.raises(AssertionError, match="the gate has other blocks"):
+        part.delta(states_of(0))
+
+
 @pytest.mark.parametrize("rank", [0, D + 1])
 def test_impossible_ranks_are_refused(rank: int) -> None:
     generator = torch.Generator()

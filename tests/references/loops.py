@@ -77,3 +77,18 @@ def locality(w: Matrix) -> float:
     """Mean of `w_k(h)^2` over states and bases."""
     squares = [w_k**2 for row in w for w_k in row]
     return math.fsum(squares) / len(squares)
+
+
+def weighted_moments(states: Matrix, weights: Vector) -> tuple[Vector, Matrix]:
+    """Mean and population covariance of weighted states."""
+    total, d_model = math.fsum(weights), range(len(states[0]))
+    mean = [math.fsum(w * h[i] for w, h in zip(weights, states, strict=True)) / total for i in d_model]
+    covariance = [
+        [
+            math.fsum(w * (h[i] - mean[i]) * (h[j] - mean[j]) for w, h in zip(weights, states, strict=True))
+            / total
+            for j in d_model
+        ]
+        for i in d_model
+    ]
+    return mean, covariance

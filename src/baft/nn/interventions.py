@@ -82,6 +82,7 @@ class SubspaceIntervention(nn.Module):
     ) -> tuple[Float[Tensor, "*batch d_model"], Float[Tensor, "*batch block rank"]]:
         """The change of a state and the weights it was made with."""
         w = self.gate.weights(h)
+        assert w.shape[-2:] == self.b.shape, "the gate has other blocks or another rank than the bases"
         readout = h @ (self.A - self.R).flatten(0, 1).T + self.b.flatten()
         return (w.flatten(-2) * readout) @ self.R.flatten(0, 1), w
 

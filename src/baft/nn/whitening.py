@@ -31,14 +31,16 @@ class Whitening:
     ) -> "Whitening":
         """Weighted mean and covariance, the covariance drawn toward its diagonal.
 
-        `S = (1 - shrinkage) C + shrinkage diag(C)`: with fewer states than dimensions `C` alone has no inverse.
+        `S = (1 - shrinkage) C + shrinkage diag(C)`: with fewer states than dimensions `C` alone has no
+        inverse.
 
         Args:
             states: Background states.
             weights: Weight of each, positive; only their proportions count.
             shrinkage: Between 0 and 1, above 0.
         """
-        states, share = states.double(), (weights / weights.sum()).double().unsqueeze(-1)
+        states, weights = states.double(), weights.double()
+        share = (weights / weights.sum()).unsqueeze(-1)
         mean = (share * states).sum(0)
         centered = states - mean
         covariance = (share * centered).T @ centered
