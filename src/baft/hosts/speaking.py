@@ -1,0 +1,84 @@
+"""Text in, text out: asking an edited model in the words of its tokenizer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from baft.errors import InputError
+from baft.hosts.architecture import find_architecture
+from baft.hosts.edited_model import EditedModel
+from baft.hosts.encoding import Encoder, Messages
+from baft.hosts.models import Host
+
+Row = tuple[int, ...]
+
+
+class Speaker:
+    """Asks one host, with whatever edits are in force on it.
+
+    Args:
+        host: The host.
+    """
+
+    def __init__(self, host: Host):
+        self.device = host.model.device
+        self.encoder = Encoder.for_host(host, max_tokens=find_architecture(host.model).max_positions)
+
+    def rows(self, prompt: str | Sequence[str] | None, messages: Messages | None) -> list[Row]:
+        """One or several raw prompts, or one chat, as tokens.
+
+        Raises:
+            InputError: If a prompt is blank or too long, or not exactly one of both is given.
+        """
+        if (prompt is None) == (messages is None):
+            raise InputError("give either a prompt or messages")
+        if messages is not None:
+            return [self.encoder.chat(messages)]
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+        if not prompts:
+            raise InputError("no prompt given: the list is empty")
+        return [self.encoder.prompt(one) for one in prompts]
+
+    def replies(
+        self,
+        edited: EditedModel,
+        rows: Sequence[Row],
+        max_new_tokens: int,
+        generation: Mapping[str, Any] | None = None,
+    ) -> list[list[int]]:
+        """The reply to each row, up to and with the token that ends it; greedy unless told otherwise."""
+        batch = self.encoder.pad(rows, [len(row) for row in rows], side="left", device=self.device)
+        stops = self.encoder.stop_ids()
+        settings = {"do_sample": False, "eos_token_id": list(stops) or None, "pad_token_id": self.encoder.pad_id}
+        out = edited.generate(
+            batch.input_ids,
+            attention_mask=batch.attention_mask,
+            max_new_tokens=max_new_tokens,
+            **{**settings, **(generation or {})},
+        )
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        found = []
+        for ids in sequences[:, batch.input_ids.shape[1] :].tolist():
+            end = next((i for i, token in enumerate(ids) if token in stops), len(ids) - 1)
+            found.append(ids[: end + 1])
+        return found
+
+    @torch.no_grad()
+    def next_logits(self, edited: EditedModel, rows: Sequence[Row]) -> Float[Tensor, "row vocab"]:
+        """The logits of the token after each row."""
+        batch = self.encoder.pad(rows, [len(row) for row in rows], side="right", device=self.device)
+        output = edited(
+            batch.input_ids,
+            batch.attention_mask,
+            n_prompt_tokens=batch.n_prompt_tokens,
+            use_cache=False,
+        )
+        logits: Tensor = output.logits
+        return logits[torch.arange(len(rows), device=logits.device), batch.n_prompt_tokens - 1]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Tokens as text."""
+        return self.encoder.text(ids)

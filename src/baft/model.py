@@ -1,0 +1,516 @@
+"""The user's object: a model that can be edited, asked, saved and set back.
+
+```python
+model = baft.load("smollm2")
+model.edit("The Eiffel Tower is located in the city of", "Rome")
+model.generate("Where is the Eiffel Tower?")
+model.undo()
+```
+"""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from baft import artifact, config
+from baft.artifact import EditSet, StoredEdit
+from baft.errors import ConfigError, EditError, InputError, UndoError
+from baft.hosts.background import background_text
+from baft.hosts.edited_model import EditedModel, live_view
+from baft.hosts.encoding import Messages
+from baft.hosts.identity import HostIdentity, compare, identify
+from baft.hosts.models import EMBEDDED, Host, load_host
+from baft.hosts.speaking import Speaker
+from baft.methods.base import Editor, EditOutcome, GateReading, OnStep, methods
+from baft.report import EditReport, EditRow
+from baft.types import Edit, EditRequest
+
+logger = logging.getLogger(__name__)
+
+Source = str | os.PathLike[str] | tuple[Any, Any]
+_WATCHED_EDITS = 16  # earlier edits that a report looks at again
+_REPLY_TOKENS = 12  # shown of a reply in a report
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedEdit:
+    """An edit in force.
+
+    Args:
+        edit: The edit.
+        decoded: Whether its target was decoded when it was made; if not, it failed.
+        request: Which call of `edit` made it, counted from 0; `undo` takes back whole calls.
+    """
+
+    edit: Edit
+    decoded: bool
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenGates:
+    """The gates at one token, for one layer and edit.
+
+    Args:
+        token: The token as text.
+        position: Its index in the sequence.
+        is_output: Whether it belongs to the reply.
+        layer: Decoder block.
+        edit_id: The edit that owns the bases, or None where all edits share them.
+        weights: `w_k(h)` of every basis, in [0, 1].
+    """
+
+    token: str
+    position: int
+    is_output: bool
+    layer: int
+    edit_id: str | None
+    weights: tuple[float, ...]
+
+
+class Model:
+    """A host with a set of edits. Made by `load`.
+
+    Not safe for two threads that edit at once; asking from several threads is fine.
+
+    Args:
+        host: The host; its weights are never changed.
+        source: What loads the host again, for artifacts; empty for a live one.
+    """
+
+    def __init__(self, host: Host, *, source: str = ""):
+        self._host, self._source = host, source
+        self._speaker = Speaker(host)
+        self._editor: Editor | None = None
+        self._preset = ""
+        self._decoded: list[tuple[bool, ...]] = []
+        self._edited = EditedModel(host.model)
+
+    def __repr__(self) -> str:
+        method = f" by {self._editor.name}/{self._preset}" if self._editor and self.edits else ""
+        return f"<baft.Model {self._host.name}: {self._host.label}; {len(self.edits)} edits{method}>"
+
+    # -- what it is
+
+    @property
+    def host(self) -> PreTrainedModel:
+        """The untouched host."""
+        return self._host.model
+
+    @property
+    def hf(self) -> PreTrainedModel:
+        """The live model with the edits in force, for any library that takes a Hugging Face model.
+
+        It follows later edits and undos. Called without `n_prompt_tokens` it cannot know where the prompt
+        ends, and every token but BOS is edited.
+        """
+        return live_view(self._edited)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The host's tokenizer."""
+        return self._host.tokenizer
+
+    @property
+    def label(self) -> str:
+        """What the host is, in words."""
+        return self._host.label
+
+    @property
+    def method(self) -> str | None:
+        """The method of the edits in force, or None without any."""
+        return self._editor.name if self._editor and self.edits else None
+
+    @property
+    def edits(self) -> tuple[AppliedEdit, ...]:
+        """The edits in force, oldest first."""
+        if self._editor is None:
+            return ()
+        return tuple(
+            AppliedEdit(edit, decoded, i)
+            for i, (request, flags) in enumerate(zip(self._editor.requests, self._decoded, strict=True))
+            for edit, decoded in zip(request.edits, flags, strict=True)
+        )
+
+    @cached_property
+    def identity(self) -> HostIdentity:
+        """The host's fingerprint."""
+        return identify(self._host)
+
+    # -- editing
+
+    def edit(
+        self,
+        prompt: str | Edit | Sequence[Edit],
+        target: str | None = None,
+        *,
+        method: str = "baft",
+        preset: str = "default",
+        subject: str | None = None,
+        unrelated: Sequence[str] = (),
+        seed: int = 0,
+        on_step: OnStep | None = None,
+        **settings: Any,
+    ) -> EditReport:
+        """Makes the model say `target` after `prompt`, and stop.
+
+        The edit comes on top of those in force. If anything goes wrong on the way, the model is as it was
+        before. An edit that is not decoded in the end stays in force, but says so in its report and in `edits`.
+
+        Args:
+            prompt: The prompt; or an `Edit`, or several to be made in one optimization.
+            target: The new answer, where `prompt` is text.
+            method: Name of a method; `baft methods` lists them.
+            preset: A set of its settings.
+            subject: What the prompt is about, for methods that need it.
+            unrelated: Prompts that shall stay as they are.
+            seed: Of the method's randomness.
+            on_step: Called after every optimizer step.
+            settings: Single settings in place of the preset's.
+
+        Returns:
+            What happened, before and after.
+
+        Raises:
+            InputError: If a text is blank, too long, or given twice.
+            ConfigError: If a setting is wrong, or does not go with the edits in force.
+            EditError: If training breaks down.
+        """
+        began = time.monotonic()
+        request = EditRequest(_as_edits(prompt, target, subject), tuple(unrelated))
+        editor = self._editor_for(method, preset, seed, settings)
+        known = {applied.edit.id for applied in self.edits}
+        for edit in request.edits:
+            if edit.id in known:
+                raise InputError(f"{edit.prompt!r} -> {edit.target!r} is in force already: undo it first")
+        before = self._said(request.edits)
+        n_before, old = len(editor.requests), (self._editor, self._preset, self._edited)
+        try:
+            outcome = editor.apply(request, on_step=on_step)
+            self._editor, self._preset, self._edited = editor, preset, editor.edited
+            self._decoded.append(outcome.decoded)
+            return self._report(request, outcome, before, began)
+        except BaseException as error:  # Ctrl-C included: nothing half-made stays in force
+            while len(editor.requests) > n_before:
+                editor.undo()
+            self._editor, self._preset, self._edited = old
+            self._decoded = self._decoded[:n_before]
+            if isinstance(error, torch.OutOfMemoryError):
+                raise EditError(f"out of memory while editing: edit fewer at once ({error})") from error
+            raise
+
+    def undo(self, n: int = 1) -> tuple[Edit, ...]:
+        """Takes the last `n` calls of `edit` back, every bit of them; after the first is gone, the host is back.
+
+        Returns:
+            The edits taken back, newest call first.
+
+        Raises:
+            UndoError: If fewer calls are left, or an artifact no longer remembers what was before.
+        """
+        left = 0 if self._editor is None else len(self._editor.requests)
+        if n < 1:
+            raise UndoError(f"undo takes back at least one call of edit, got n={n}")
+        if self._editor is None or n > left:
+            raise UndoError(f"cannot take back {n} calls of edit: {left} are in force")
+        gone: list[Edit] = []
+        for _ in range(n):
+            gone.extend(self._editor.undo().edits)
+            self._decoded.pop()
+        return tuple(gone)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Takes the edits out of force inside the `with` block, in this thread; logits are the host's then."""
+        with self._edited.disabled():
+            yield
+
+    # -- asking
+
+    @overload
+    def generate(self, prompt: str, *, max_new_tokens: int = ..., **generation: Any) -> str: ...
+    @overload
+    def generate(self, prompt: Sequence[str], *, max_new_tokens: int = ..., **generation: Any) -> list[str]: ...
+    @overload
+    def generate(self, *, messages: Messages, max_new_tokens: int = ..., **generation: Any) -> str: ...
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        messages: Messages | None = None,
+        max_new_tokens: int = 32,
+        **generation: Any,
+    ) -> str | list[str]:
+        """What the model says next: the new text only, spaces as they come.
+
+        Args:
+            prompt: Raw text to continue, or several.
+            messages: A chat instead, `[{"role": "user", "content": ...}, ...]`, in the host's template.
+            max_new_tokens: Most tokens of the reply.
+            generation: For the host's `generate`; greedy unless they say otherwise.
+
+        Raises:
+            InputError: If the prompt is blank or does not fit the context, or both or neither is given.
+            GenerationError: For ways of generating under which an edit cannot be right.
+        """
+        rows = self._speaker.rows(prompt, messages)
+        texts = [self._speaker.text(ids) for ids in self._replies(rows, max_new_tokens, generation)]
+        return texts if isinstance(prompt, Sequence) and not isinstance(prompt, str) else texts[0]
+
+    def logits(self, prompt: str | None = None, *, messages: Messages | None = None) -> Float[Tensor, " vocab"]:
+        """The logits of the next token after a prompt or a chat."""
+        return self._speaker.next_logits(self._edited, self._speaker.rows(prompt, messages))[0]
+
+    def check(self) -> list[tuple[AppliedEdit, str, bool]]:
+        """Asks every edit's prompt again: the edit, what the model says, and whether that is the target."""
+        applied = self.edits
+        edits = [one.edit for one in applied]
+        found = []
+        for start in range(0, len(edits), _WATCHED_EDITS):
+            chunk = edits[start : start + _WATCHED_EDITS]
+            found += [(self._speaker.text(ids), self._says(edit, ids)) for edit, ids in self._asked(chunk)]
+        return [(one, text, says) for one, (text, says) in zip(applied, found, strict=True)]
+
+    def explain(
+        self, prompt: str | None = None, *, messages: Messages | None = None, max_new_tokens: int = 8
+    ) -> tuple[TokenGates, ...]:
+        """The gates of every basis at every edited token of a prompt and the model's reply, by layer and edit."""
+        if self._editor is None or not self.edits:
+            return ()
+        [row] = self._speaker.rows(prompt, messages)
+        [reply] = self._replies([row], max_new_tokens)
+        ids = [*row, *reply]
+        readings = self._editor.explain(ids, len(row))
+        return tuple(self._token_gates(reading, ids, len(row)) for reading in readings)
+
+    # -- keeping
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the edits to a folder `NAME.baft`: kilobytes, nothing of the host, no pickle.
+
+        Raises:
+            ArtifactError: If there are no edits, or the folder cannot be written; one that was there stays.
+        """
+        editor = self._editor
+        if editor is None or not self.edits:
+            raise artifact.ArtifactError("there is no edit to save: edit first")
+        sites = getattr(editor, "sites", ())
+        stored = tuple(StoredEdit(one.edit, one.request, one.decoded) for one in self.edits)
+        return artifact.write(
+            Path(path),
+            EditSet(
+                method=editor.name,
+                preset=self._preset,
+                seed=editor.seed,
+                settings=config.to_dict(editor.config),
+                layers=tuple(site.layer for site in sites),
+                positions=config.to_dict(editor.edited.positions),
+                host=self.identity,
+                host_source=self._source,
+                edits=stored,
+                memory={"unrelated": [list(request.unrelated) for request in editor.requests]},
+                state=editor.state_dict(),
+            ),
+        )
+
+    def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
+        """Uploads the edits to the hub; whoever can read them there reads prompts and targets.
+
+        Returns:
+            The address of the commit.
+        """
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.save(Path(folder) / f"{repo_id.rpartition('/')[2]}.baft")
+            return artifact.push_to_hub(path, repo_id, token=token, private=private)
+
+    def _load(self, saved: EditSet) -> None:
+        """Puts the edits of an artifact into force.
+
+        Raises:
+            HostMismatchError: If they were made on other weights.
+            DamagedArtifactError: If tensors are missing, left over or misshapen.
+        """
+        if compare(saved.host, self.identity) != "same":
+            logger.warning(
+                "these edits were made on %s in %s, and this host is in %s: check them (baft check)",
+                saved.host.name,
+                saved.host.dtype,
+                self.identity.dtype,
+            )
+        kind = methods.get(saved.method)
+        settings = config.from_dict(type(kind.preset("default")), saved.settings, where="config.json: settings")
+        editor = kind(self._host, settings, seed=saved.seed)
+        unrelated = saved.memory.get("unrelated", [])
+        grouped: dict[int, list[StoredEdit]] = {}
+        for one in saved.edits:
+            grouped.setdefault(one.request, []).append(one)
+        requests = [
+            EditRequest(tuple(one.edit for one in group), tuple(unrelated[i]) if i < len(unrelated) else ())
+            for i, group in enumerate(grouped.values())
+        ]
+        editor.load_state_dict(saved.state, requests)
+        self._editor, self._preset, self._edited = editor, saved.preset, editor.edited
+        self._decoded = [tuple(one.decoded for one in group) for group in grouped.values()]
+
+    # -- inner workings
+
+    def _editor_for(self, method: str, preset: str, seed: int, settings: Mapping[str, Any]) -> Editor:
+        """The editor in force if it is the one asked for, or a new one if there are no edits yet."""
+        kind = methods.get(method)
+        chosen = kind.preset(preset)
+        if settings:
+            chosen = config.from_dict(
+                type(chosen), {**config.to_dict(chosen), **settings}, where=f"{method}/{preset}"
+            )
+        if self._editor is None or not self.edits:
+            return kind(self._host, chosen, seed=seed)
+        if not isinstance(self._editor, kind) or self._editor.config != chosen or self._editor.seed != seed:
+            raise ConfigError(
+                f"the edits in force were made by {self._editor.name}/{self._preset} with seed {self._editor.seed}, "
+                f"and {method}/{preset} with seed {seed} and the settings given does not go with them: "
+                "undo them, use the same, or load a second model"
+            )
+        return self._editor
+
+    def _report(
+        self, request: EditRequest, outcome: EditOutcome, before: Sequence[str], began: float
+    ) -> EditReport:
+        new = {edit.id for edit in request.edits}
+        after = self._said(request.edits)
+        older = [one for one in self.edits if one.edit.id not in new and one.decoded][-_WATCHED_EDITS:]
+        broken = [edit.prompt for edit, ids in self._asked([one.edit for one in older]) if not self._says(edit, ids)]
+        canaries = self._speaker.rows(background_text()["canaries"], None)
+        mine = self._speaker.next_logits(self._edited, canaries)
+        with self.disabled():
+            host = self._speaker.next_logits(self._edited, canaries)
+        assert self._editor is not None
+        rows = tuple(
+            EditRow(edit.id, edit.prompt, edit.target, was, now, decoded, margin, self._gate(edit))
+            for edit, was, now, decoded, margin in zip(
+                request.edits, before, after, outcome.decoded, outcome.margins, strict=True
+            )
+        )
+        return EditReport(
+            method=self._editor.name,
+            preset=self._preset,
+            rows=rows,
+            n_steps=outcome.n_steps,
+            stopped=outcome.stopped,
+            loss=outcome.losses[-1],
+            seconds_s=time.monotonic() - began,
+            n_canaries=len(canaries),
+            n_canaries_identical=int((mine == host).all(-1).sum()),
+            n_canaries_same_token=int((mine.argmax(-1) == host.argmax(-1)).sum()),
+            broken=tuple(broken),
+        )
+
+    def _gate(self, edit: Edit) -> float:
+        """Largest weight over layers and bases, averaged over the edited tokens of an edit's own text."""
+        assert self._editor is not None
+        text = self._speaker.encoder.edit(edit.prompt, edit.target, eos=False)
+        readings = self._editor.explain((*text.prompt_ids, *text.target_ids), len(text.prompt_ids))
+        largest: dict[int, float] = {}
+        for reading in readings:
+            largest[reading.position] = max(largest.get(reading.position, 0.0), *reading.weights)
+        return sum(largest.values()) / len(largest) if largest else 0.0
+
+    def _token_gates(self, reading: GateReading, ids: Sequence[int], n_prompt: int) -> TokenGates:
+        place = reading.position
+        token = str(self.tokenizer.decode([ids[place]]))
+        return TokenGates(token, place, place >= n_prompt, reading.layer, reading.edit_id, reading.weights)
+
+    def _replies(
+        self, rows: Sequence[tuple[int, ...]], max_new_tokens: int, generation: Mapping[str, Any] | None = None
+    ) -> list[list[int]]:
+        return self._speaker.replies(self._edited, rows, max_new_tokens, generation)
+
+    def _asked(self, edits: Sequence[Edit]) -> list[tuple[Edit, list[int]]]:
+        """What the model says to the prompts of edits, long enough for their targets."""
+        if not edits:
+            return []
+        encoder = self._speaker.encoder
+        longest = max(len(encoder.edit(edit.prompt, edit.target, eos=False).target_ids) for edit in edits)
+        rows = [encoder.prompt(edit.prompt) for edit in edits]
+        return list(zip(edits, self._replies(rows, max(_REPLY_TOKENS, longest + 1)), strict=True))
+
+    def _said(self, edits: Sequence[Edit]) -> list[str]:
+        return [self._speaker.text(ids) for _, ids in self._asked(edits)]
+
+    def _says(self, edit: Edit, ids: Sequence[int]) -> bool:
+        """Whether a reply is the target: to its end where the method trains that, else as its beginning."""
+        eos = bool(getattr(self._editor.config, "train_eos", False)) if self._editor else False
+        target = self._speaker.encoder.edit(edit.prompt, edit.target, eos=eos).target_ids
+        return tuple(ids[: len(target)]) == target
+
+
+def load(
+    source: Source,
+    *,
+    host: Source | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    accept_terms: bool = False,
+) -> Model:
+    """Loads a model to edit, or an edited one.
+
+    Args:
+        source: An embedded host's name, a folder, a hub id, or a live `(model, tokenizer)`; or an artifact
+            (`NAME.baft`), or an artifact's hub id, whose host is then loaded too.
+        host: The host of an artifact, where it is not to be loaded from where it was.
+        dtype: Precision of the host.
+        device: Where to put it.
+        accept_terms: Accept the terms of an embedded host that has some.
+
+    Raises:
+        HostError: If the host cannot be loaded.
+        ArtifactError: If the artifact is damaged, or belongs to another host.
+    """
+    saved: EditSet | None = None
+    if isinstance(source, (str, os.PathLike)) and artifact.is_artifact(source):
+        saved = artifact.read(source)
+        if host is None and not saved.host_source:
+            raise ConfigError(
+                f"{os.fspath(source)} was made on a live model ({saved.host.name}), which no name loads: give host="
+            )
+        source = saved.host_source if host is None else host
+    elif host is not None:
+        raise ConfigError(f"host= goes with an artifact (NAME.baft), and {source!r} is none")
+    found = load_host(source, dtype=dtype, device=device, accept_terms=accept_terms)
+    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
+    is_folder = bool(name) and name not in EMBEDDED and Path(name).expanduser().is_dir()
+    model = Model(found, source=str(Path(name).expanduser().resolve()) if is_folder else name)
+    if saved is not None:
+        model._load(saved)
+    return model
+
+
+def load_from_hub(repo_id: str, *, revision: str | None = None, token: str | None = None, **options: Any) -> Model:
+    """Loads an edited model whose artifact is on the hub; `options` as for `load`."""
+    return load(artifact.fetch_from_hub(repo_id, revision=revision, token=token), **options)
+
+
+def _as_edits(prompt: str | Edit | Sequence[Edit], target: str | None, subject: str | None) -> tuple[Edit, ...]:
+    if isinstance(prompt, str):
+        if target is None:
+            raise InputError("edit(prompt, target) needs the target: what shall the model say?")
+        return (Edit(prompt, target, subject=subject),)
+    if target is not None or subject is not None:
+        raise InputError("target and subject go with a prompt in text; an Edit brings its own")
+    edits = (prompt,) if isinstance(prompt, Edit) else tuple(prompt)
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise InputError(f"expected an Edit, got {type(edit).__name__}: {edit!r}")
+    return edits

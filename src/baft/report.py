@@ -1,0 +1,114 @@
+"""What an edit did, as data and as a table of plain text."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+_CELL_CHARS = 46
+
+
+@dataclass(frozen=True, slots=True)
+class EditRow:
+    """One edit of a report.
+
+    Args:
+        edit_id: Its id.
+        prompt: What was asked.
+        target: What shall be said.
+        before: What the model said before, greedily.
+        after: What it says now.
+        decoded: Whether the target, and its end where that is trained, is what greedy decoding says, in
+            every rendering that was trained on; if not, the edit has failed and is marked so.
+        margin: Smallest lead of any target token over the best other token, in nats; negative if failed.
+        gate: Largest basis weight over layers and bases, averaged over the edited tokens of prompt and target.
+    """
+
+    edit_id: str
+    prompt: str
+    target: str
+    before: str
+    after: str
+    decoded: bool
+    margin: float
+    gate: float
+
+
+@dataclass(frozen=True, slots=True)
+class EditReport:
+    """What one call of `Model.edit` did.
+
+    Args:
+        method: The method.
+        preset: Its preset.
+        rows: One for each edit.
+        n_steps: Optimizer steps.
+        stopped: Why training stopped.
+        loss: Last value of the loss, in nats.
+        seconds_s: Wall time, report included.
+        n_canaries: Unrelated prompts that were watched.
+        n_canaries_identical: How many of them have next-token logits that are bit for bit the host's.
+        n_canaries_same_token: How many of them have the same next token.
+        broken: Earlier edits whose target is no longer decoded.
+    """
+
+    method: str
+    preset: str
+    rows: tuple[EditRow, ...]
+    n_steps: int
+    stopped: str
+    loss: float
+    seconds_s: float
+    n_canaries: int
+    n_canaries_identical: int
+    n_canaries_same_token: int
+    broken: tuple[str, ...]
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether every edit of the call is decoded."""
+        return all(row.decoded for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data for JSON."""
+        return {**asdict(self), "succeeded": self.succeeded}
+
+    def __str__(self) -> str:
+        """The report as a table."""
+        header = ("prompt", "before", "after", "gate", "margin", "")
+        cells = [
+            (row.prompt, row.before, row.after, f"{row.gate:.2f}", f"{row.margin:.1f}", _verdict(row))
+            for row in self.rows
+        ]
+        lines = [table(header, cells), ""]
+        plural = "s" if len(self.rows) > 1 else ""
+        lines.append(
+            f"{len(self.rows)} edit{plural} by {self.method}/{self.preset}: {self.n_steps} steps, loss "
+            f"{self.loss:.3f}, stopped at {self.stopped}, {self.seconds_s:.1f} s"
+        )
+        lines.append(
+            f"of {self.n_canaries} unrelated prompts {self.n_canaries_identical} are bit for bit as before, "
+            f"{self.n_canaries_same_token} have the same next token"
+        )
+        lines += [f"FAILED: {row.prompt!r} does not yield {row.target!r}" for row in self.rows if not row.decoded]
+        if self.broken:
+            lines.append(f"earlier edits no longer decoded: {', '.join(map(repr, self.broken))}")
+        return "\n".join(lines)
+
+
+def _verdict(row: EditRow) -> str:
+    return "ok" if row.decoded else "FAILED"
+
+
+def clip(text: str, n_chars: int = _CELL_CHARS) -> str:
+    """One line of at most `n_chars` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= n_chars else line[: n_chars - 1] + "…"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns under a ruled header, cells clipped to a line."""
+    cells = [[clip(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    rule = "  ".join("─" * width for width in widths)
+    return "\n".join([lines[0], rule, *lines[1:]])
