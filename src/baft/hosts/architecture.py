@@ -128,7 +128,7 @@ def intervention_dtype(model: nn.Module) -> torch.dtype:
 
 
 def site_device(model: nn.Module, site: Site) -> torch.device:
-    """Where the states of a site live: with its block's weights, or with the host's if those are offloaded."""
+    """Where a site's states live: with its block's weights, or with the host's if those are offloaded."""
     for parameter in find_architecture(model).block(site).parameters():
         if parameter.device.type != "meta":
             return parameter.device

@@ -1,10 +1,11 @@
 """The one rule by which text becomes tokens: the space, BOS, EOS, and where the prompt ends.
 
-- A space stands between prompt and target unless one of them brings whitespace at the seam.
+- A space stands between prompt and target unless one of them brings whitespace at the seam; never two.
 - The prompt is encoded as generation will see it: alone, with the tokenizer's own special tokens once.
 - If the joint ids of prompt and target begin with the prompt's ids, the rest is the target; if not,
   the target is encoded by itself and appended, since generation sees the prompt alone.
-- A chat prompt is the host's rendered template, which already holds every special token it needs.
+- A chat prompt is the host's rendered template, which already holds every special token it needs, and says
+  what stands between it and the reply.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from baft.errors import ConfigError, InputError
+from baft.hosts.models import Host
 
 Messages = Sequence[Mapping[str, str]]
+_MARKER = "\x00reply\x00"  # stands for a reply where a template is asked what surrounds one
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +31,12 @@ class EncodedEdit:
     Args:
         prompt_ids: The prompt, special tokens included.
         target_ids: What the model shall say, the end-of-sequence token last if it is trained.
+        is_chat: Whether the prompt is rendered as a chat.
     """
 
     prompt_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
+    is_chat: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +64,23 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None = None, eos_ids: Sequence[int] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_tokens: int | None = None,
+        eos_ids: Sequence[int] = (),
     ):
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         own = tokenizer.eos_token_id
         self.eos_ids = tuple(dict.fromkeys([*([own] if own is not None else []), *eos_ids]))
+
+    @classmethod
+    def for_host(cls, host: Host, *, max_tokens: int | None = None) -> "Encoder":
+        """The encoder of a host, with the stop tokens that its generation config names."""
+        eos = host.model.generation_config.eos_token_id if host.model.generation_config else None
+        eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        return cls(host.tokenizer, max_tokens=max_tokens, eos_ids=eos_ids)
 
     @property
     def has_chat(self) -> bool:
@@ -79,18 +95,14 @@ class Encoder:
         """
         if not isinstance(prompt, str) or not prompt.strip():
             raise InputError(f"the prompt is empty or blank ({prompt!r}): give the text to continue")
-        ids = self._ids(prompt)
-        bos = self.tokenizer.bos_token_id
-        if len(ids) > 1 and ids[0] == bos and ids[1] == bos:  # the text brought its own
-            ids = ids[1:]
-        return self._fits(ids)
+        return self._fits(self._ids(prompt))
 
     def chat(self, messages: Messages) -> tuple[int, ...]:
         """The ids of a conversation, rendered by the host's template up to the start of its reply.
 
         Raises:
             ConfigError: If the host has no chat template.
-            InputError: If there is no message, or a message lacks its role or content.
+            InputError: If there is no message, a message lacks its role or content, or the template refuses.
         """
         return self._fits(self._ids(self.render(messages), special=False))
 
@@ -102,11 +114,10 @@ class Encoder:
             raise InputError("messages is empty: a conversation needs at least one message")
         for message in messages:
             if not message.get("role") or not str(message.get("content") or "").strip():
-                raise InputError(f"a message needs a role and a content that is not blank, got {dict(message)!r}")
-        text = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-        )
-        return str(text)
+                raise InputError(
+                    f"a message needs a role and a content that is not blank, got {dict(message)!r}"
+                )
+        return self._rendered([dict(message) for message in messages], add_generation_prompt=True)
 
     def edit(self, prompt: str, target: str, *, chat: bool = False, eos: bool = True) -> EncodedEdit:
         """A prompt with its target, raw or as the only user turn of a chat.
@@ -114,9 +125,16 @@ class Encoder:
         Raises:
             InputError: If either is blank, the target has no tokens, or both do not fit the context.
         """
-        rendered = self.render([{"role": "user", "content": prompt}]) if chat else prompt
-        prompt_ids = self.chat([{"role": "user", "content": prompt}]) if chat else self.prompt(prompt)
-        seam = "" if rendered[-1:].isspace() or target[:1].isspace() else " "
+        if not isinstance(target, str) or not target.strip():
+            raise InputError(f"the target is empty or blank ({target!r}): give the text that shall follow")
+        messages = [{"role": "user", "content": prompt}]
+        rendered = self.render(messages) if chat else prompt
+        prompt_ids = self.chat(messages) if chat else self.prompt(prompt)
+        seam = self._reply_seam(rendered, messages) if chat else None
+        if chat or rendered[-1:] == " ":
+            target = target.lstrip(" ")
+        if seam is None:
+            seam = "" if rendered[-1:].isspace() or target[:1].isspace() else " "
         joint = self._ids(rendered + seam + target, special=not chat)
         if joint[: len(prompt_ids)] == prompt_ids:
             target_ids = joint[len(prompt_ids) :]
@@ -124,10 +142,10 @@ class Encoder:
             target_ids = self._ids(seam + target, special=False)
         if not target_ids:
             raise InputError(f"the target {target!r} has no tokens for this host: give a visible text")
-        if eos:
-            target_ids = (*target_ids, self.end_of_turn(chat=chat))
+        if eos and target_ids[-1] != (end := self.end_of_turn(chat=chat)):
+            target_ids = (*target_ids, end)
         self._fits((*prompt_ids, *target_ids))
-        return EncodedEdit(prompt_ids, target_ids)
+        return EncodedEdit(prompt_ids, target_ids, chat)
 
     def end_of_turn(self, *, chat: bool) -> int:
         """The token that ends a text, or a turn where the chat template ends turns with another.
@@ -135,21 +153,17 @@ class Encoder:
         Raises:
             ConfigError: If the tokenizer has no end-of-sequence token.
         """
-        if chat:
-            marker = "\x00reply\x00"
-            messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": marker}]
-            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-            tail = self._ids(text.partition(marker)[2], special=False)
-            if tail and tail[0] in self.tokenizer.all_special_ids:
-                return tail[0]
-        if self.tokenizer.eos_token_id is None:
+        end = self._turn_end() if chat else None
+        if end is None:
+            end = self.tokenizer.eos_token_id
+        if end is None:
             raise ConfigError("this tokenizer has no end-of-sequence token: edit with train_eos=False")
-        return int(self.tokenizer.eos_token_id)
+        return int(end)
 
     def stop_ids(self) -> tuple[int, ...]:
         """Every token at which a reply ends."""
-        ends = [self.end_of_turn(chat=True)] if self.has_chat else []
-        return tuple(dict.fromkeys([*self.eos_ids, *ends]))
+        end = self._turn_end() if self.has_chat else None
+        return tuple(dict.fromkeys([*self.eos_ids, *([] if end is None else [end])]))
 
     def pad(
         self,
@@ -159,14 +173,23 @@ class Encoder:
         side: str,
         device: torch.device | str = "cpu",
     ) -> TokenBatch:
-        """Rows of unequal length as one batch, padded on one side."""
+        """Rows of unequal length as one batch, padded on one side.
+
+        Raises:
+            ConfigError: If the side is neither left nor right.
+            InputError: If there are no rows.
+        """
+        if side not in ("left", "right"):
+            raise ConfigError(f"rows are padded on the 'left' or the 'right', got {side!r}")
+        if not rows:
+            raise InputError("there are no rows to pad: give at least one")
         width = max(len(row) for row in rows)
         pad_id = self.pad_id
         ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
         mask = torch.zeros(len(rows), width, dtype=torch.long)
         for i, row in enumerate(rows):
             place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-            ids[i, place] = torch.tensor(row)
+            ids[i, place] = torch.tensor(row, dtype=torch.long)
             mask[i, place] = 1
         return TokenBatch(ids.to(device), mask.to(device), torch.tensor(n_prompt_tokens, device=device))
 
@@ -183,13 +206,44 @@ class Encoder:
         )
         return str(decoded)
 
+    def _rendered(self, messages: list[dict[str, str]], **options: Any) -> str:
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        except Exception as error:  # a template may raise what it likes
+            raise InputError(f"the host's chat template refuses these messages: {error}") from error
+
+    def _reply_seam(self, rendered: str, messages: list[dict[str, str]]) -> str | None:
+        """What the template puts between a prompt and its reply, where that is nothing but whitespace."""
+        before = self._rendered([*messages, {"role": "assistant", "content": _MARKER}]).partition(_MARKER)[0]
+        gap = before.removeprefix(rendered)
+        return gap if before.startswith(rendered) and not gap.strip() else None
+
+    def _turn_end(self) -> int | None:
+        """The token that the chat template puts after a reply; special or not, text never spells it."""
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": _MARKER}]
+        tail = self._ids(self._rendered(messages).partition(_MARKER)[2].lstrip(), special=False)
+        known = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder, *self.eos_ids}
+        return tail[0] if tail and tail[0] in known else None
+
     def _ids(self, text: str, *, special: bool = True) -> tuple[int, ...]:
-        encoded: Any = self.tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)
-        ids = tuple(encoded["input_ids"])
-        # Some tokenizers close every text with EOS; nothing could be continued after it.
-        while special and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id != self.tokenizer.bos_token_id:
-            ids = ids[:-1]
+        bare = self._encode(text, special=False)
+        if not special:
+            return bare
+        ids = self._encode(text, special=True)
+        starts = range(len(ids) - len(bare) + 1)
+        start = next((i for i in starts if ids[i : i + len(bare)] == bare), None)
+        if (
+            start is not None
+        ):  # some tokenizers close every text with EOS; nothing could be continued after it
+            ids = ids[: start + len(bare)]
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and start and ids[:2] == (bos, bos):  # the text brought its own
+            ids = ids[1:]
         return ids
+
+    def _encode(self, text: str, *, special: bool) -> tuple[int, ...]:
+        encoded: Any = self.tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)
+        return tuple(encoded["input_ids"])
 
     def _fits(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         if self.max_tokens is not None and len(ids) > self.max_tokens:
