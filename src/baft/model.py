@@ -25,8 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baft import artifact, config
 from baft.artifact import EditSet, StoredEdit
-from baft.errors import ConfigError, EditError, InputError, UndoError
-from baft.hosts.background import background_text
+from baft.errors import ArtifactError, ConfigError, EditError, InputError, UndoError
+from baft.hosts.background import background_text, fitting
 from baft.hosts.edited_model import EditedModel, live_view
 from baft.hosts.encoding import Messages
 from baft.hosts.identity import HostIdentity, compare, identify
@@ -94,7 +94,8 @@ class Model:
         self._speaker = Speaker(host)
         self._editor: Editor | None = None
         self._preset = ""
-        self._decoded: list[tuple[bool, ...]] = []
+        self._decoded: tuple[tuple[bool, ...], ...] = ()  # of every edit, by request
+        # One for good, so that `hf` follows; `_put_in_force` gives it what the editor has.
         self._edited = EditedModel(host.model)
 
     def __repr__(self) -> str:
@@ -108,7 +109,7 @@ class Model:
         """The untouched host."""
         return self._host.model
 
-    @property
+    @cached_property
     def hf(self) -> PreTrainedModel:
         """The live model with the edits in force, for any library that takes a Hugging Face model.
 
@@ -166,7 +167,7 @@ class Model:
         """Makes the model say `target` after `prompt`, and stop.
 
         The edit comes on top of those in force. If anything goes wrong on the way, the model is as it was
-        before. An edit that is not decoded in the end stays in force, but says so in its report and in `edits`.
+        before. An edit that is not decoded in the end stays in force, but its report and `edits` say so.
 
         Args:
             prompt: The prompt; or an `Edit`, or several to be made in one optimization.
@@ -188,51 +189,49 @@ class Model:
             EditError: If training breaks down.
         """
         began = time.monotonic()
-        request = EditRequest(_as_edits(prompt, target, subject), tuple(unrelated))
+        unrelated = (unrelated,) if isinstance(unrelated, str) else tuple(unrelated)
+        request = EditRequest(_as_edits(prompt, target, subject), unrelated)
         editor = self._editor_for(method, preset, seed, settings)
         known = {applied.edit.id for applied in self.edits}
         for edit in request.edits:
             if edit.id in known:
                 raise InputError(f"{edit.prompt!r} -> {edit.target!r} is in force already: undo it first")
-        before = self._said(request.edits)
-        n_before, old = len(editor.requests), (self._editor, self._preset, self._edited)
+        before = [self._speaker.text(ids) for _, ids in self._asked(request.edits, most=_REPLY_TOKENS)]
+        n_before, old = len(editor.requests), (self._editor, self._preset, self._decoded)
         try:
             outcome = editor.apply(request, on_step=on_step)
-            self._editor, self._preset, self._edited = editor, preset, editor.edited
-            self._decoded.append(outcome.decoded)
+            self._put_in_force(editor, preset, (*self._decoded, outcome.decoded))
             return self._report(request, outcome, before, began)
         except BaseException as error:  # Ctrl-C included: nothing half-made stays in force
-            while len(editor.requests) > n_before:
+            if len(editor.requests) > n_before:
                 editor.undo()
-            self._editor, self._preset, self._edited = old
-            self._decoded = self._decoded[:n_before]
+            self._put_in_force(*old)
             if isinstance(error, torch.OutOfMemoryError):
                 raise EditError(f"out of memory while editing: edit fewer at once ({error})") from error
             raise
 
     def undo(self, n: int = 1) -> tuple[Edit, ...]:
-        """Takes the last `n` calls of `edit` back, every bit of them; after the first is gone, the host is back.
+        """Takes the last `n` calls of `edit` back, every bit of them, or none; without any the host is back.
 
         Returns:
             The edits taken back, newest call first.
 
         Raises:
-            UndoError: If fewer calls are left, or an artifact no longer remembers what was before.
+            UndoError: If fewer calls are left, or an artifact no longer remembers what was before them.
+                Taking back all of them always works.
         """
         left = 0 if self._editor is None else len(self._editor.requests)
         if n < 1:
             raise UndoError(f"undo takes back at least one call of edit, got n={n}")
         if self._editor is None or n > left:
             raise UndoError(f"cannot take back {n} calls of edit: {left} are in force")
-        gone: list[Edit] = []
-        for _ in range(n):
-            gone.extend(self._editor.undo().edits)
-            self._decoded.pop()
-        return tuple(gone)
+        gone = self._editor.undo(n)
+        self._put_in_force(self._editor, self._preset, self._decoded[:-n])
+        return tuple(edit for request in gone for edit in request.edits)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Takes the edits out of force inside the `with` block, in this thread; logits are the host's then."""
+        """Takes the edits out of force inside the `with` block, in this thread: logits are the host's."""
         with self._edited.disabled():
             yield
 
@@ -241,7 +240,9 @@ class Model:
     @overload
     def generate(self, prompt: str, *, max_new_tokens: int = ..., **generation: Any) -> str: ...
     @overload
-    def generate(self, prompt: Sequence[str], *, max_new_tokens: int = ..., **generation: Any) -> list[str]: ...
+    def generate(
+        self, prompt: Sequence[str], *, max_new_tokens: int = ..., **generation: Any
+    ) -> list[str]: ...
     @overload
     def generate(self, *, messages: Messages, max_new_tokens: int = ..., **generation: Any) -> str: ...
     def generate(
@@ -268,7 +269,9 @@ class Model:
         texts = [self._speaker.text(ids) for ids in self._replies(rows, max_new_tokens, generation)]
         return texts if isinstance(prompt, Sequence) and not isinstance(prompt, str) else texts[0]
 
-    def logits(self, prompt: str | None = None, *, messages: Messages | None = None) -> Float[Tensor, " vocab"]:
+    def logits(
+        self, prompt: str | None = None, *, messages: Messages | None = None
+    ) -> Float[Tensor, " vocab"]:
         """The logits of the next token after a prompt or a chat."""
         return self._speaker.next_logits(self._edited, self._speaker.rows(prompt, messages))[0]
 
@@ -285,7 +288,7 @@ class Model:
     def explain(
         self, prompt: str | None = None, *, messages: Messages | None = None, max_new_tokens: int = 8
     ) -> tuple[TokenGates, ...]:
-        """The gates of every basis at every edited token of a prompt and the model's reply, by layer and edit."""
+        """The gates of every basis at every edited token of a prompt and its reply, by layer and edit."""
         if self._editor is None or not self.edits:
             return ()
         [row] = self._speaker.rows(prompt, messages)
@@ -304,7 +307,7 @@ class Model:
         """
         editor = self._editor
         if editor is None or not self.edits:
-            raise artifact.ArtifactError("there is no edit to save: edit first")
+            raise ArtifactError("there is no edit to save: edit first")
         sites = getattr(editor, "sites", ())
         stored = tuple(StoredEdit(one.edit, one.request, one.decoded) for one in self.edits)
         return artifact.write(
@@ -351,7 +354,9 @@ class Model:
                 self.identity.dtype,
             )
         kind = methods.get(saved.method)
-        settings = config.from_dict(type(kind.preset("default")), saved.settings, where="config.json: settings")
+        settings = config.from_dict(
+            type(kind.preset("default")), saved.settings, where="config.json: settings"
+        )
         editor = kind(self._host, settings, seed=saved.seed)
         unrelated = saved.memory.get("unrelated", [])
         grouped: dict[int, list[StoredEdit]] = {}
@@ -362,10 +367,21 @@ class Model:
             for i, group in enumerate(grouped.values())
         ]
         editor.load_state_dict(saved.state, requests)
-        self._editor, self._preset, self._edited = editor, saved.preset, editor.edited
-        self._decoded = [tuple(one.decoded for one in group) for group in grouped.values()]
+        decoded = tuple(tuple(one.decoded for one in group) for group in grouped.values())
+        self._put_in_force(editor, saved.preset, decoded)
 
     # -- inner workings
+
+    def _put_in_force(
+        self, editor: Editor | None, preset: str, decoded: tuple[tuple[bool, ...], ...]
+    ) -> None:
+        """Makes the edits that an editor holds those of this model."""
+        self._editor, self._preset, self._decoded = editor, preset, decoded
+        if editor is None:
+            self._edited.interventions = {}
+        else:
+            self._edited.positions = editor.edited.positions
+            self._edited.interventions = editor.edited.interventions
 
     def _editor_for(self, method: str, preset: str, seed: int, settings: Mapping[str, Any]) -> Editor:
         """The editor in force if it is the one asked for, or a new one if there are no edits yet."""
@@ -379,9 +395,9 @@ class Model:
             return kind(self._host, chosen, seed=seed)
         if not isinstance(self._editor, kind) or self._editor.config != chosen or self._editor.seed != seed:
             raise ConfigError(
-                f"the edits in force were made by {self._editor.name}/{self._preset} with seed {self._editor.seed}, "
-                f"and {method}/{preset} with seed {seed} and the settings given does not go with them: "
-                "undo them, use the same, or load a second model"
+                f"the edits in force were made by {self._editor.name}/{self._preset} with seed "
+                f"{self._editor.seed}, and {method}/{preset} with seed {seed} and the settings given does "
+                "not go with them: undo them, use the same, or load a second model"
             )
         return self._editor
 
@@ -389,10 +405,12 @@ class Model:
         self, request: EditRequest, outcome: EditOutcome, before: Sequence[str], began: float
     ) -> EditReport:
         new = {edit.id for edit in request.edits}
-        after = self._said(request.edits)
+        after = [self._speaker.text(ids) for _, ids in self._asked(request.edits)]
         older = [one for one in self.edits if one.edit.id not in new and one.decoded][-_WATCHED_EDITS:]
-        broken = [edit.prompt for edit, ids in self._asked([one.edit for one in older]) if not self._says(edit, ids)]
-        canaries = self._speaker.rows(background_text()["canaries"], None)
+        broken = [
+            edit.prompt for edit, ids in self._asked([one.edit for one in older]) if not self._says(edit, ids)
+        ]
+        canaries = fitting(self._speaker.encoder.prompt, background_text()["canaries"])
         mine = self._speaker.next_logits(self._edited, canaries)
         with self.disabled():
             host = self._speaker.next_logits(self._edited, canaries)
@@ -433,21 +451,22 @@ class Model:
         return TokenGates(token, place, place >= n_prompt, reading.layer, reading.edit_id, reading.weights)
 
     def _replies(
-        self, rows: Sequence[tuple[int, ...]], max_new_tokens: int, generation: Mapping[str, Any] | None = None
+        self,
+        rows: Sequence[tuple[int, ...]],
+        max_new_tokens: int,
+        generation: Mapping[str, Any] | None = None,
     ) -> list[list[int]]:
         return self._speaker.replies(self._edited, rows, max_new_tokens, generation)
 
-    def _asked(self, edits: Sequence[Edit]) -> list[tuple[Edit, list[int]]]:
-        """What the model says to the prompts of edits, long enough for their targets."""
+    def _asked(self, edits: Sequence[Edit], *, most: int | None = None) -> list[tuple[Edit, list[int]]]:
+        """What the model says to the prompts of edits, by default long enough for their targets."""
         if not edits:
             return []
         encoder = self._speaker.encoder
         longest = max(len(encoder.edit(edit.prompt, edit.target, eos=False).target_ids) for edit in edits)
         rows = [encoder.prompt(edit.prompt) for edit in edits]
-        return list(zip(edits, self._replies(rows, max(_REPLY_TOKENS, longest + 1)), strict=True))
-
-    def _said(self, edits: Sequence[Edit]) -> list[str]:
-        return [self._speaker.text(ids) for _, ids in self._asked(edits)]
+        replies = self._replies(rows, most or max(_REPLY_TOKENS, longest + 1))
+        return list(zip(edits, replies, strict=True))
 
     def _says(self, edit: Edit, ids: Sequence[int]) -> bool:
         """Whether a reply is the target: to its end where the method trains that, else as its beginning."""
@@ -479,11 +498,12 @@ def load(
         ArtifactError: If the artifact is damaged, or belongs to another host.
     """
     saved: EditSet | None = None
-    if isinstance(source, (str, os.PathLike)) and artifact.is_artifact(source):
-        saved = artifact.read(source)
+    if isinstance(source, (str, os.PathLike)) and artifact.is_artifact(Path(source)):
+        saved = artifact.read(Path(source))
         if host is None and not saved.host_source:
             raise ConfigError(
-                f"{os.fspath(source)} was made on a live model ({saved.host.name}), which no name loads: give host="
+                f"{os.fspath(source)} was made on a live model ({saved.host.name}), which no name loads: "
+                "give host="
             )
         source = saved.host_source if host is None else host
     elif host is not None:
@@ -497,12 +517,16 @@ def load(
     return model
 
 
-def load_from_hub(repo_id: str, *, revision: str | None = None, token: str | None = None, **options: Any) -> Model:
+def load_from_hub(
+    repo_id: str, *, revision: str | None = None, token: str | None = None, **options: Any
+) -> Model:
     """Loads an edited model whose artifact is on the hub; `options` as for `load`."""
     return load(artifact.fetch_from_hub(repo_id, revision=revision, token=token), **options)
 
 
-def _as_edits(prompt: str | Edit | Sequence[Edit], target: str | None, subject: str | None) -> tuple[Edit, ...]:
+def _as_edits(
+    prompt: str | Edit | Sequence[Edit], target: str | None, subject: str | None
+) -> tuple[Edit, ...]:
     if isinstance(prompt, str):
         if target is None:
             raise InputError("edit(prompt, target) needs the target: what shall the model say?")

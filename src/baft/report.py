@@ -20,7 +20,7 @@ class EditRow:
         decoded: Whether the target, and its end where that is trained, is what greedy decoding says, in
             every rendering that was trained on; if not, the edit has failed and is marked so.
         margin: Smallest lead of any target token over the best other token, in nats; negative if failed.
-        gate: Largest basis weight over layers and bases, averaged over the edited tokens of prompt and target.
+        gate: Largest basis weight over layers and bases, averaged over the edited tokens of its text.
     """
 
     edit_id: str
@@ -86,10 +86,12 @@ class EditReport:
             f"{self.loss:.3f}, stopped at {self.stopped}, {self.seconds_s:.1f} s"
         )
         lines.append(
-            f"of {self.n_canaries} unrelated prompts {self.n_canaries_identical} are bit for bit as before, "
-            f"{self.n_canaries_same_token} have the same next token"
+            f"of {self.n_canaries} unrelated prompts {self.n_canaries_identical} are bit for bit the host's, "
+            f"{self.n_canaries_same_token} have its next token"
         )
-        lines += [f"FAILED: {row.prompt!r} does not yield {row.target!r}" for row in self.rows if not row.decoded]
+        lines += [
+            f"FAILED: {row.prompt!r} does not yield {row.target!r}" for row in self.rows if not row.decoded
+        ]
         if self.broken:
             lines.append(f"earlier edits no longer decoded: {', '.join(map(repr, self.broken))}")
         return "\n".join(lines)
@@ -109,6 +111,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns under a ruled header, cells clipped to a line."""
     cells = [[clip(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
     rule = "  ".join("─" * width for width in widths)
     return "\n".join([lines[0], rule, *lines[1:]])

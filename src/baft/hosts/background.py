@@ -5,6 +5,7 @@ unedited host on a small text of the project's own (`background.toml`), computed
 in the cache when that took long.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -12,7 +13,7 @@ import re
 import tempfile
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -26,7 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from baft.hosts.architecture import Site, find_architecture, intervention_dtype
+from baft.errors import InputError, UnsupportedHostError
+from baft.hosts.architecture import Site, intervention_dtype
 from baft.hosts.edited_model import EditedModel, Recording
 from baft.hosts.encoding import Encoder
 from baft.hosts.identity import identify
@@ -92,7 +94,10 @@ def background(host: Host, encoder: Encoder, sites: Sequence[Site]) -> Backgroun
     """The host's background states at the given sites, from the cache where they are there.
 
     States of running text are taken at every token but the first (it is an attention sink), those of
-    prompts at the last three.
+    prompts at the last three. Texts that do not fit the host's context are left out.
+
+    Raises:
+        UnsupportedHostError: If none fits.
     """
     path = _cache_path(host, encoder, sites)
     kept = _read(path, sites)
@@ -107,6 +112,15 @@ def background(host: Host, encoder: Encoder, sites: Sequence[Site]) -> Backgroun
     return made
 
 
+def fitting(encode: Callable[[str], tuple[int, ...]], texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """Those of the project's own texts that fit the host's context, as tokens."""
+    rows = []
+    for text in texts:
+        with contextlib.suppress(InputError):
+            rows.append(encode(text))
+    return rows
+
+
 def prompt_states(host: Host, encoder: Encoder, sites: Sequence[Site], prompts: Sequence[str]) -> Background:
     """States at the last three tokens of prompts, raw and, where the host chats, inside its template."""
     parts = [_collect(host, encoder, sites, [encoder.prompt(text) for text in prompts], Slot.LAST_RAW)]
@@ -117,14 +131,21 @@ def prompt_states(host: Host, encoder: Encoder, sites: Sequence[Site], prompts: 
 
 
 def _compute(host: Host, encoder: Encoder, sites: Sequence[Site]) -> Background:
+    def as_chat(prompt: str) -> tuple[int, ...]:
+        return encoder.chat([{"role": "user", "content": prompt}])
+
     text = background_text()
-    rows = [encoder.prompt(sentence) for sentence in text["sentences"]]
-    parts = [_collect(host, encoder, sites, rows, Slot.TEXT)]
-    rows = [encoder.prompt(prompt) for prompt in text["prompts"]]
-    parts.append(_collect(host, encoder, sites, rows, Slot.LAST_RAW))
-    if encoder.has_chat:
-        rows = [encoder.chat([{"role": "user", "content": prompt}]) for prompt in text["chat_prompts"]]
-        parts.append(_collect(host, encoder, sites, rows, Slot.LAST_CHAT))
+    rows = {
+        Slot.TEXT: fitting(encoder.prompt, text["sentences"]),
+        Slot.LAST_RAW: fitting(encoder.prompt, text["prompts"]),
+        Slot.LAST_CHAT: fitting(as_chat, text["chat_prompts"]) if encoder.has_chat else [],
+    }
+    parts = [_collect(host, encoder, sites, found, slot) for slot, found in rows.items() if found]
+    if not parts:
+        raise UnsupportedHostError(
+            f"this host's context of {encoder.max_tokens} tokens is shorter than every background text that "
+            "gates are set against: use shared bases with open gates (method reft)"
+        )
     return _join(parts)
 
 
@@ -140,8 +161,7 @@ def _collect(
     host: Host, encoder: Encoder, sites: Sequence[Site], rows: Sequence[tuple[int, ...]], slot: Slot
 ) -> Background:
     """States of rows: all tokens but the first of running text, the last three of prompts."""
-    limit = find_architecture(host.model).max_positions
-    rows = sorted((row[:limit] for row in rows), key=len)
+    rows = sorted(rows, key=len)
     spec = PositionSpec(last_prompt=len(rows[-1]) if slot is Slot.TEXT else 3)
     watched = EditedModel(host.model, dict.fromkeys(sites, ()), spec)
     dtype = intervention_dtype(host.model)
@@ -172,7 +192,9 @@ def _collect(
 
 def _cache_path(host: Host, encoder: Encoder, sites: Sequence[Site]) -> Path:
     identity = identify(host)
-    text = repr((sorted(background_text().items()), encoder.has_chat, [site.layer for site in sites], _FORMAT))
+    text = repr(
+        (sorted(background_text().items()), encoder.has_chat, [site.layer for site in sites], _FORMAT)
+    )
     name = hashlib.sha256(f"{identity.weights_hash}{identity.tokenizer_hash}{text}".encode()).hexdigest()[:32]
     return cache_folder() / "background" / f"{name}.safetensors"
 

@@ -34,7 +34,8 @@ class Speaker:
             InputError: If a prompt is blank or too long, or not exactly one of both is given.
         """
         if (prompt is None) == (messages is None):
-            raise InputError("give either a prompt or messages")
+            got = "neither" if prompt is None else "both"
+            raise InputError(f"give either a prompt or messages, got {got}")
         if messages is not None:
             return [self.encoder.chat(messages)]
         prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
@@ -49,10 +50,28 @@ class Speaker:
         max_new_tokens: int,
         generation: Mapping[str, Any] | None = None,
     ) -> list[list[int]]:
-        """The reply to each row, up to and with the token that ends it; greedy unless told otherwise."""
+        """The reply to each row, up to and with the token that ends it; greedy unless told otherwise.
+
+        A reply ends where the host's context does.
+
+        Raises:
+            InputError: If a row leaves no room for a reply.
+        """
+        longest, limit = max(len(row) for row in rows), self.encoder.max_tokens
+        if limit is not None:
+            if longest >= limit:
+                raise InputError(
+                    f"the prompt is {longest} tokens long and fills this host's context of {limit}: shorten "
+                    "it, so that a reply fits"
+                )
+            max_new_tokens = min(max_new_tokens, limit - longest)
         batch = self.encoder.pad(rows, [len(row) for row in rows], side="left", device=self.device)
         stops = self.encoder.stop_ids()
-        settings = {"do_sample": False, "eos_token_id": list(stops) or None, "pad_token_id": self.encoder.pad_id}
+        settings = {
+            "do_sample": False,
+            "eos_token_id": list(stops) or None,
+            "pad_token_id": self.encoder.pad_id,
+        }
         out = edited.generate(
             batch.input_ids,
             attention_mask=batch.attention_mask,

@@ -22,7 +22,7 @@ from baft.hosts.encoding import EncodedEdit, Encoder
 from baft.hosts.models import Host
 from baft.hosts.positions import PositionSpec
 from baft.methods.baft_config import DEFAULT, PAPER, BaftConfig
-from baft.methods.base import Capability, EditOutcome, Editor, GateReading, OnStep
+from baft.methods.base import Capability, Editor, EditOutcome, GateReading, OnStep
 from baft.methods.bases import Bases, Frame, OwnBases, SharedBases
 from baft.methods.training import FullPass, train
 from baft.nn.orthonormal import check_rank
@@ -98,15 +98,16 @@ class BaftEditor(Editor):
             seconds_s=time.monotonic() - began,
         )
 
-    def undo(self) -> EditRequest:
-        """Takes the last request back, every bit of it."""
-        if not self.requests:
-            raise self._nothing_to_undo()
-        self._bases.undo()
-        *kept, last = self.requests
-        self.requests = tuple(kept)
+    def undo(self, n: int = 1) -> tuple[EditRequest, ...]:
+        """Takes the last `n` requests back, every bit of them."""
+        gone = self._taken_back(n)
+        if n == len(self.requests):
+            self.reset()
+            return gone
+        self._bases.undo(n)
+        self.requests = self.requests[:-n]
         self._edited.interventions = self._bases.in_force()
-        return last
+        return gone
 
     def reset(self) -> None:
         """Forgets every edit."""

@@ -1,5 +1,6 @@
 """The settings of BaFT and ReFT, and their presets."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,21 +73,27 @@ class BaftConfig(TrainingConfig):
         if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
             raise ConfigError(f"layers must name at least one layer, each once, got {list(self.layers)}")
         bounds = {
-            "rank": self.rank >= 1,
-            "deepest_layers": self.deepest_layers is None or self.deepest_layers >= 1,
-            "load_balance": self.load_balance >= 0,
-            "locality": self.locality >= 0,
-            "gate_threshold": 0 <= self.gate_threshold < 1,
-            "gate_sharpness": self.gate_sharpness > 0,
-            "gate_midpoint": 0 < self.gate_midpoint < 1,
-            "gate_clearance": self.gate_clearance >= 0,
-            "gate_shrinkage": 0 < self.gate_shrinkage <= 1,
-            "slot_share": 0 <= self.slot_share < 1,
-            "max_target_tokens": self.max_target_tokens >= 1,
+            # The last prompt token predicts the first of the target: without it no edit can be learned.
+            "last_prompt": (self.last_prompt >= 1, "at least 1"),
+            "rank": (self.rank >= 1, "at least 1"),
+            "deepest_layers": (
+                self.deepest_layers is None or self.deepest_layers >= 1,
+                "at least 1, or None",
+            ),
+            "load_balance": (0 <= self.load_balance < math.inf, "0 or more"),
+            "locality": (0 <= self.locality < math.inf, "0 or more"),
+            "locality_from_step": (self.locality_from_step >= 0, "0 or more"),
+            "gate_threshold": (0 <= self.gate_threshold < 1, "at least 0 and below 1"),
+            "gate_sharpness": (0 < self.gate_sharpness < math.inf, "above 0"),
+            "gate_midpoint": (0 < self.gate_midpoint < 1, "between 0 and 1"),
+            "gate_clearance": (0 <= self.gate_clearance < math.inf, "0 or more"),
+            "gate_shrinkage": (0 < self.gate_shrinkage <= 1, "above 0 and at most 1"),
+            "slot_share": (0 <= self.slot_share < 1, "at least 0 and below 1"),
+            "max_target_tokens": (self.max_target_tokens >= 1, "at least 1"),
         }
-        for name, fits in bounds.items():
+        for name, (fits, expected) in bounds.items():
             if not fits:
-                raise ConfigError(f"{name} is out of range: got {getattr(self, name)}")
+                raise ConfigError(f"{name} is out of range: got {getattr(self, name)}, expected {expected}")
 
     @property
     def hard_zero(self) -> float:

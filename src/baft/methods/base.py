@@ -101,11 +101,14 @@ class Editor(ABC):
         """
 
     @abstractmethod
-    def undo(self) -> EditRequest:
-        """Takes the last request back.
+    def undo(self, n: int = 1) -> tuple[EditRequest, ...]:
+        """Takes the last `n` requests back, or none of them; taking back all of them always works.
+
+        Returns:
+            The requests taken back, newest first.
 
         Raises:
-            UndoError: If there is none, or what came before it is no longer known.
+            UndoError: If there are not that many, or what came before them is no longer known.
         """
 
     @abstractmethod
@@ -139,8 +142,13 @@ class Editor(ABC):
             raise unknown_name(f"{cls.name} preset", name, list(cls.presets))
         return cls.presets[name]
 
-    def _nothing_to_undo(self) -> UndoError:
-        return UndoError("there is no edit to take back: the model is the host")
+    def _taken_back(self, n: int) -> tuple[EditRequest, ...]:
+        """The last `n` requests, newest first."""
+        if n < 1:
+            raise UndoError(f"undo takes back at least one request, got n={n}")
+        if n > len(self.requests):
+            raise UndoError(f"cannot take back {n} requests: {len(self.requests)} are in force")
+        return self.requests[-n:][::-1]
 
 
 methods: Registry[type[Editor]] = Registry("method", base=Editor, group="baft.methods")

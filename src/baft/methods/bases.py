@@ -61,7 +61,9 @@ class Frame:
         rank, dtype, device = self.config.rank, self.dtype, self.device(site)
         drawn = []
         for owner in owners:
-            seed = int(owner or "0", 16) ^ (self.seed * 0x9E3779B97F4A7C15) ^ (site.layer * 0xBF58476D1CE4E5B9)
+            seed = (
+                int(owner or "0", 16) ^ (self.seed * 0x9E3779B97F4A7C15) ^ (site.layer * 0xBF58476D1CE4E5B9)
+            )
             generator = torch.Generator().manual_seed(seed % (1 << 63))
             drawn.append(random_orthonormal(1, rank, self.d_model, generator=generator, dtype=dtype))
         R = torch.cat(drawn).to(device)
@@ -79,7 +81,8 @@ class Frame:
             R, A = (self.take(left, owner, site, name, (rank, d)) for name in ("R", "A"))
             gate: Gate = OpenGate(1, rank)
             if self.config.gate != "open":
-                U, c = self.take(left, owner, site, "U", (rank, d)), self.take(left, owner, site, "c", (rank,))
+                U = self.take(left, owner, site, "U", (rank, d))
+                c = self.take(left, owner, site, "c", (rank,))
                 gate = LogisticGate(U, c, threshold=self.config.hard_zero)
             part = SubspaceIntervention(R, A, self.take(left, owner, site, "b", (rank,)), gate)
             layers[site] = part.requires_grad_(False)
@@ -87,14 +90,16 @@ class Frame:
 
     def take(
         self, left: dict[str, Tensor], owner: str, site: Site, name: str, shape: tuple[int, ...]
-    ) -> Float[Tensor, "1 *shape"]:
+    ) -> Tensor:
         """One tensor, removed from those that are left to read; a block axis is put before its own."""
         key = f"{owner}.layer{site.layer}.{name}"
         if key not in left:
             raise DamagedArtifactError(f"tensor {key!r} is missing from the saved edits")
         tensor = left.pop(key)
         if tuple(tensor.shape) != shape:
-            raise DamagedArtifactError(f"tensor {key!r} has shape {list(tensor.shape)}, expected {list(shape)}")
+            raise DamagedArtifactError(
+                f"tensor {key!r} has shape {list(tensor.shape)}, expected {list(shape)}"
+            )
         return tensor.to(self.device(site), self.dtype).unsqueeze(0)
 
 
@@ -123,8 +128,8 @@ class Bases(ABC):
         """Puts what was trained among the edits in force."""
 
     @abstractmethod
-    def undo(self) -> None:
-        """Takes the last commit back, every bit of it."""
+    def undo(self, n: int) -> None:
+        """Takes the last `n` commits back, every bit of them, or none."""
 
     @abstractmethod
     def in_force(self) -> Mapping[Site, Parts]:
@@ -175,13 +180,11 @@ class OwnBases(Bases):
 
     def commit(self, run: FullPass, trained: Layers) -> None:
         """Adds a block for every edit."""
-        self._by_request.append({site: part.frozen() for site, part in trained.items()})
-        self._fuse()
+        self._hold([*self._by_request, {site: part.frozen() for site, part in trained.items()}])
 
-    def undo(self) -> None:
-        """Removes the last request's blocks; what is left is as it was."""
-        self._by_request.pop()
-        self._fuse()
+    def undo(self, n: int) -> None:
+        """Removes the blocks of the last requests; what is left is as it was."""
+        self._hold(self._by_request[:-n])
 
     def in_force(self) -> Mapping[Site, Parts]:
         """One intervention a site, with the blocks of all edits."""
@@ -203,19 +206,19 @@ class OwnBases(Bases):
 
     def load(self, left: dict[str, Tensor], requests: Sequence[EditRequest]) -> None:
         """Reads a block for every edit."""
-        by_request: list[Layers] = []
+        by_request = []
         for request in requests:
             blocks = [self.frame.read(left, edit.id) for edit in request.edits]
-            by_request.append({site: concatenate([block[site] for block in blocks]) for site in self.frame.sites})
-        self._by_request = by_request
-        self._fuse()
+            by_request.append(self._joined(blocks))
+        self._hold(by_request)
 
-    def _fuse(self) -> None:
-        self._fused = {}
-        if self._by_request:
-            self._fused = {
-                site: (concatenate([layers[site] for layers in self._by_request]),) for site in self.frame.sites
-            }
+    def _hold(self, by_request: list[Layers]) -> None:
+        joined = self._joined(by_request) if by_request else {}
+        fused = {site: (part,) for site, part in joined.items()}
+        self._by_request, self._fused = by_request, fused  # at once: what breaks off above changes nothing
+
+    def _joined(self, several: Sequence[Layers]) -> Layers:
+        return {site: concatenate([layers[site] for layers in several]) for site in self.frame.sites}
 
 
 @final
@@ -271,7 +274,9 @@ class SharedBases(Bases):
                 if config.locality and step >= config.locality_from_step and negatives is not None:
                     unrelated = negatives.states[site].to(part.R)
                     terms.append(config.locality * locality(part.gate.soft(unrelated)))
-            return torch.stack([term.to(terms[0].device) for term in terms]).sum() / len(trained) if terms else None
+            if not terms:
+                return None
+            return torch.stack([term.to(terms[0].device) for term in terms]).sum() / len(trained)
 
         return penalty
 
@@ -287,22 +292,22 @@ class SharedBases(Bases):
                 now = part.gate.soft(states[site].to(part.R.dtype)).mean(0)
                 before = past.get(site, torch.zeros_like(now))
                 loads[site] = accumulate_load(before, now, self.frame.config.balance_form)
-        self._before.append(self._now)
-        self._now = (layers, loads)
+        self._before, self._now = [*self._before, self._now], (layers, loads)
 
-    def undo(self) -> None:
-        """Restores the snapshot taken before the last request.
+    def undo(self, n: int) -> None:
+        """Restores the snapshot taken before the last `n` requests.
 
         Raises:
             UndoError: If the set was loaded from an artifact that no longer holds it.
         """
-        if not self._before:
+        if n > len(self._before):
             raise UndoError(
-                f"an artifact with shared bases remembers the last {N_SNAPSHOTS_SAVED} edit requests, and they are "
-                "taken back already: to go further, edit the host anew without the edits that you do not want "
-                "(edits.jsonl holds them, config.json the seed)"
+                f"cannot take back {n} requests: an artifact with shared bases remembers what was before "
+                f"the last {N_SNAPSHOTS_SAVED}, and of these {len(self._before)} are left; take back no more "
+                "than that, or all, or edit the host anew without those that you do not want (edits.jsonl "
+                "holds them, config.json the seed)"
             )
-        self._now = self._before.pop()
+        self._before, self._now = self._before[:-n], self._before[-n]
 
     def in_force(self) -> Mapping[Site, Parts]:
         """The shared block of every site."""
@@ -313,11 +318,12 @@ class SharedBases(Bases):
         return [None]
 
     def tensors(self, requests: Sequence[EditRequest]) -> dict[str, Tensor]:
-        """The block in force, and the last snapshots, oldest first."""
-        kept = [*self._before[-N_SNAPSHOTS_SAVED:], self._now] if self._now else []
-        names = [*(f"snapshot{i}" for i in range(len(kept) - 1)), "shared"]
+        """The block in force, and the last snapshots by the number of requests that were in force then."""
+        kept = self._before[-N_SNAPSHOTS_SAVED:]
+        first = len(requests) - len(kept)
+        states = {f"snapshot{n}": state for n, state in enumerate(kept, start=first)} | {"shared": self._now}
         found: dict[str, Tensor] = {}
-        for owner, state in zip(names, kept, strict=False):
+        for owner, state in states.items():
             if state is None:
                 continue  # the host itself, before the first edit
             for site, part in state[0].items():
@@ -331,10 +337,13 @@ class SharedBases(Bases):
         before: list[tuple[Layers, Loads] | None] = []
         if requests:
             now = self._read(left, "shared")
-            for i in range(min(len(requests), N_SNAPSHOTS_SAVED)):
-                is_kept = any(name.startswith(f"snapshot{i}.") for name in left)
-                if is_kept or (i == 0 and len(requests) <= N_SNAPSHOTS_SAVED):
-                    before.append(self._read(left, f"snapshot{i}") if is_kept else None)
+            for n in range(max(0, len(requests) - N_SNAPSHOTS_SAVED), len(requests)):
+                if n == 0:
+                    before = [None]  # the host itself
+                elif any(name.startswith(f"snapshot{n}.") for name in left):
+                    before.append(self._read(left, f"snapshot{n}"))
+                else:
+                    before = []  # forgotten, and with it the way to all that was earlier
         self._now, self._before = now, before
 
     def _read(self, left: dict[str, Tensor], owner: str) -> tuple[Layers, Loads]:

@@ -1,7 +1,7 @@
 """The one optimization loop: what it trains, what it minimizes, and when it stops.
 
 The loop knows no host and no text. A `TargetPass` shows it the predictions of the target tokens under the
-interventions it is training; how that pass runs (over the whole model, or over a cached part) is not its concern.
+interventions it is training; how that pass runs (over the whole model, or a cached part) is not its concern.
 """
 
 import math
@@ -179,7 +179,7 @@ def train(
 ) -> TrainingResult:
     """Trains interventions until the targets are decoded.
 
-    `R` moves by Adam on its gradient's tangential part and is pulled back to orthonormal rows after each step.
+    `R` moves by Adam on its gradient's tangential part, and after each step back to orthonormal rows.
 
     Args:
         run: Shows the predictions.
@@ -190,7 +190,7 @@ def train(
         on_step: Called after every step with its number, the most there can be, and the loss.
 
     Raises:
-        EditError: If the loss is not finite.
+        EditError: If the loss is not finite, or the bases cannot be made orthonormal again.
     """
     bases = [p for part in trained.values() for p in (part.R, part.A, part.b)]
     gates = [p for part in trained.values() for p in part.gate.parameters() if p.requires_grad]
@@ -210,17 +210,25 @@ def train(
                 loss = loss + extra.to(loss)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise EditError(
-                f"the loss became {losses[-1]} at step {step}: lower learning_rate (it is {config.learning_rate})"
-            )
+            raise _broke_down(config, step, losses[-1])
         margins = _row_margins(predictions.logits.detach(), run)
         stopped = _stopped(config, step, cross_entropy, margins)
         if stopped is not None:
             return TrainingResult(margins, tuple(losses), step, stopped)
-        _step(optimizer, loss, [*bases, *gates], trained, config, step)
+        try:
+            _step(optimizer, loss, [*bases, *gates], trained, config, step)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # R cannot be made orthonormal
+            raise _broke_down(config, step, losses[-1]) from error
         if on_step is not None:
             on_step(step + 1, config.max_steps, losses[-1])
     raise AssertionError("the last step always stops")
+
+
+def _broke_down(config: TrainingConfig, step: int, loss: float) -> EditError:
+    return EditError(
+        f"training broke down at step {step} with loss {loss}, where finite numbers were expected: "
+        f"lower learning_rate (it is {config.learning_rate})"
+    )
 
 
 def _row_margins(logits: Float[Tensor, "token vocab"], run: TargetPass) -> tuple[float, ...]:
@@ -257,6 +265,7 @@ def _step(
         group["lr"] = group["rate"] * left
     with torch.no_grad():
         for part in trained.values():
+            assert part.R.grad is not None, "it was put there above"
             part.R.grad = tangent(part.R, part.R.grad)
         optimizer.step()
         for part in trained.values():
