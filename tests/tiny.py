@@ -15,7 +15,8 @@ from baft.nn.gates import Gate, LogisticGate, OpenGate
 from baft.nn.interventions import SubspaceIntervention
 from baft.nn.orthonormal import random_orthonormal
 
-PAD, BOS, EOS, TURN_START, TURN_END = SPECIALS = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
+SPECIALS = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
+PAD, BOS, EOS = SPECIALS[:3]
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 MERGES = (("Ġ", "R"), ("o", "f"))
 VOCAB_SIZE = len(SPECIALS) + 256 + len(MERGES)
@@ -132,19 +133,25 @@ def tiny_tokenizer(
     bos_is_eos: bool = False,
     chat_template: str | None = None,
     side: str = "right",
+    normalizer: Any = None,
 ) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with two merges, " R" and "of", and the special tokens that are asked for."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*SPECIALS, *alphabet, *(left + right for left, right in MERGES)]
     inner = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(MERGES)))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(list(SPECIALS))
     start = EOS if bos_is_eos else BOS
     template = [*([start] if bos and adds_bos else []), "$A", *([EOS] if eos and adds_eos else [])]
-    inner.post_processor = processors.TemplateProcessing(
-        single=" ".join(template), special_tokens=[(BOS, BOS_ID), (EOS, EOS_ID)]
-    )
+    parts = {
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=False),
+        "post_processor": processors.TemplateProcessing(
+            single=" ".join(template), special_tokens=[(BOS, BOS_ID), (EOS, EOS_ID)]
+        ),
+        "decoder": decoders.ByteLevel(),
+    }
+    for part, value in parts.items():
+        setattr(inner, part, value)
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
         bos_token=start if bos else None,

@@ -150,7 +150,7 @@ def test_the_host_s_own_settings_count_too():
     edited = EditedModel(host, some_interventions(host))
     ids = random_ids(1, 6)
     edited.generate(ids, guidance_scale=1, trust_remote_code=False, **OPTIONS)  # neutral: no refusal
-    host.generation_config.prompt_lookup_num_tokens = 2
+    host.generation_config = GenerationConfig(prompt_lookup_num_tokens=2, pad_token_id=PAD_ID)
     with pytest.raises(GenerationError, match="prompt_lookup_num_tokens"):
         edited.generate(ids, **OPTIONS)
     with edited.disabled():

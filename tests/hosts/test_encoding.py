@@ -202,8 +202,7 @@ def test_blank_texts_are_refused(blank):
 
 
 def test_a_target_without_tokens_is_refused():
-    this = encoder()
-    this.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("?", "")
+    this = encoder(normalizer=normalizers.Replace("?", ""))
     with pytest.raises(InputError, match="no tokens"):
         this.edit("Rome ", "?")
 
