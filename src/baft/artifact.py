@@ -14,6 +14,7 @@ import errno
 import hashlib
 import html
 import json
+import logging
 import os
 import re
 import secrets
@@ -36,6 +37,8 @@ from baft.config import canonical_hash, from_dict, to_dict
 from baft.errors import ArtifactError, BaftError, DamagedArtifactError, SchemaError
 from baft.hosts.identity import HostIdentity
 from baft.types import Edit
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 SUFFIX = ".baft"
@@ -250,6 +253,8 @@ def _decode(files: dict[str, bytes], where: Path) -> EditSet:
             raise DamagedArtifactError(f"{where / name} {what}: {n} bytes, expected {expected}")
     lines = files[EDITS].split(b"\n")[:-1]
     edits = tuple(_stored_edit(line, f"{where / EDITS}, line {n}") for n, line in enumerate(lines, start=1))
+    if len(edits) != config.n_edits:
+        raise DamagedArtifactError(f"{where / EDITS} holds {len(edits)} edits, expected {config.n_edits}")
     for name in (EDITS, STATE):
         _require_sum(_sha256(files[name]), config.files[name].sha256, str(where / name))
     state = _tensors(files[STATE], str(where / STATE))
@@ -280,6 +285,7 @@ def _config(raw: bytes, where: str) -> _Config:
     if set(config.files) != {EDITS, STATE}:
         raise DamagedArtifactError(f"{where}: files: expected {EDITS} and {STATE}, got {list(config.files)}")
     _require_sum(actual, checksum, where)
+    logger.debug("%s: format %d, by baft %s", where, config.schema_version, config.baft_version)
     return config
 
 
