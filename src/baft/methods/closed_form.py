@@ -18,6 +18,8 @@ from baft.methods.baft_config import BaftConfig
 from baft.nn.gates import LogisticGate
 from baft.nn.whitening import Whitening
 
+EditKeys = tuple[Float[Tensor, "_ d_model"], Int[Tensor, " _"]]  # of one edit: states, and their slots
+
 _ORDINARY_QUANTILE = 0.999
 
 
@@ -89,9 +91,7 @@ class ClosedFormGates:
         spread = torch.arange(config.rank, device=keys.device) % len(gates)
         return U[spread], c[spread]
 
-    def gate(
-        self, of_edits: Sequence[tuple[Float[Tensor, "key d_model"], Int[Tensor, " key"]]], dtype: torch.dtype
-    ) -> LogisticGate:
+    def gate(self, of_edits: Sequence[EditKeys], dtype: torch.dtype) -> LogisticGate:
         """The gates of several edits, a block each."""
         blocks = [self.block(keys, slots) for keys, slots in of_edits]
         U, c = (torch.stack(parts).to(dtype) for parts in zip(*blocks, strict=True))
@@ -104,7 +104,7 @@ def edit_keys(
     texts: Sequence[EncodedEdit],
     n_edits: int,
     site: Site,
-) -> list[tuple[Float[Tensor, "key d_model"], Int[Tensor, " key"]]]:
+) -> list[EditKeys]:
     """The keys of each edit of a request at one site, with their slots."""
     slots = key_slots(mask, texts)
     edit_of_row = torch.arange(n_edits, device=mask.device).repeat_interleave(len(texts) // n_edits)

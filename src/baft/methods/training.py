@@ -7,7 +7,7 @@ interventions it is training; how that pass runs (over the whole model, or a cac
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -74,6 +74,7 @@ class Predictions:
     states: Mapping[Site, Float[Tensor, "state d_model"]]
 
 
+@runtime_checkable
 class TargetPass(Protocol):
     """A way of running the host on the texts of a request.
 

@@ -1,0 +1,310 @@
+"""What every method must do, with every preset: the tests read one story of edits, told once a preset."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from baft.errors import DamagedArtifactError, UndoError, UnknownNameError
+from baft.hosts.encoding import Encoder
+from baft.methods.base import Capability, Editor, methods
+from baft.types import Edit, EditRequest
+
+PRESETS = [(name, preset) for name in methods.names() for preset in methods.get(name).presets]
+# A random host has nothing to build on: larger steps than real ones need.
+QUICK = {
+    "learning_rate": 5e-2,
+    "max_steps": 60,
+    "stop_margin": 0.7,
+    "stop_loss": None,
+    "schedule": "constant",
+}
+TOWER = Edit("The tower is in the city of", "Ro")
+REQUESTS = (
+    EditRequest((TOWER,)),
+    EditRequest((Edit("Paris is in", "Be"), Edit("The capital is", "Co"), Edit("A river", " dry"))),
+    EditRequest((Edit("The king of France was", "Al"),), unrelated=("The king of Spain was",)),
+)
+PROBES = ("The tower is in the city of", "A river", "Nothing in particular", "The king of France was")
+
+
+def make(host, method, preset, *, seed=0, **settings):
+    kind = methods.get(method)
+    config = kind.preset(preset)
+    known = {one.name for one in dataclasses.fields(config)}
+    changes = {name: value for name, value in {**QUICK, **settings}.items() if name in known}
+    return kind(host, dataclasses.replace(config, **changes), seed=seed)
+
+
+@torch.no_grad()
+def logits(editor):
+    """At every token of some prompts, twice: with the prompt's end known, and with every token edited."""
+    encoder = Encoder.for_host(editor.host)
+    rows = [encoder.prompt(text) for text in PROBES]
+    batch = encoder.pad(rows, [len(row) - 2 for row in rows], side="right")
+    known = editor.edited(batch.input_ids, batch.attention_mask, n_prompt_tokens=batch.n_prompt_tokens)
+    return torch.stack([known.logits, editor.edited(batch.input_ids, batch.attention_mask).logits])
+
+
+@torch.no_grad()
+def host_logits(host):
+    encoder = Encoder.for_host(host)
+    rows = [encoder.prompt(text) for text in PROBES]
+    batch = encoder.pad(rows, [len(row) for row in rows], side="right")
+    plain = host.model(batch.input_ids, attention_mask=batch.attention_mask).logits
+    return torch.stack([plain, plain])
+
+
+def reply(editor, prompt, n):
+    encoder = Encoder.for_host(editor.host)
+    ids = torch.tensor([encoder.prompt(prompt)])
+    settings = {"do_sample": False, "max_new_tokens": n, "pad_token_id": 0, "eos_token_id": 2}
+    out = editor.edited.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    return tuple(out[0, ids.shape[1] :].tolist())
+
+
+def n_hooks(model):
+    return sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules())
+
+
+@dataclass
+class Story:
+    """Three requests one after the other: what was seen before the first and after each."""
+
+    editor: Editor
+    preset: str
+    logits: list = field(default_factory=list)
+    states: list = field(default_factory=list)
+    outcomes: list = field(default_factory=list)
+    steps: list = field(default_factory=list)
+
+
+@pytest.fixture(scope="module", params=PRESETS, ids="/".join)
+def story(host, request):
+    method, preset = request.param
+    for i, weight in enumerate(host.model.parameters()):
+        weight.requires_grad_(i % 2 == 0)
+    told = Story(make(host, method, preset), preset)
+    told.logits.append(logits(told.editor))
+    for one in REQUESTS:
+        steps = []
+        told.outcomes.append(told.editor.apply(one, on_step=lambda *seen, steps=steps: steps.append(seen)))
+        told.steps.append(steps)
+        told.logits.append(logits(told.editor))
+        told.states.append(told.editor.state_dict())
+    yield told
+    host.model.requires_grad_(False)
+
+
+def again(story, n):
+    """A fresh editor with the first `n` requests of a story, by its saved state."""
+    editor = type(story.editor)(story.editor.host, story.editor.config, seed=story.editor.seed)
+    if n:
+        editor.load_state_dict(story.states[n - 1], REQUESTS[:n])
+    return editor
+
+
+def test_edits_are_decoded_and_say_so(host, story):
+    for request, outcome in zip(REQUESTS, story.outcomes, strict=True):
+        assert outcome.edit_ids == tuple(edit.id for edit in request.edits)
+        assert outcome.decoded == (True,) * len(request.edits)
+        assert min(outcome.margins) >= 0.7
+        assert outcome.stopped == "margin"
+    editor = again(story, 1)
+    eos = bool(getattr(editor.config, "train_eos", False))
+    target = Encoder.for_host(host).edit(TOWER.prompt, TOWER.target, eos=eos).target_ids
+    assert reply(editor, TOWER.prompt, len(target)) == target
+    assert reply(again(story, 0), TOWER.prompt, len(target)) != target  # control
+
+
+def test_the_steps_are_told(story):
+    for outcome, steps in zip(story.outcomes, story.steps, strict=True):
+        assert outcome.n_steps == len(steps) > 0
+        assert [step for step, _, _ in steps] == list(range(1, len(steps) + 1))
+        assert {most for _, most, _ in steps} == {60}
+        assert [loss for _, _, loss in steps] == list(outcome.losses[:-1])
+        assert all(math.isfinite(loss) for loss in outcome.losses)
+        assert outcome.losses[-1] < outcome.losses[0]
+        assert outcome.seconds_s > 0
+
+
+def test_no_edit_is_the_host_bit_for_bit(host, story):
+    assert torch.equal(story.logits[0], host_logits(host))
+    assert all(not torch.equal(one, story.logits[0]) for one in story.logits[1:])  # control
+
+
+def test_undo_goes_back_step_by_step_bit_for_bit(host, story):
+    editor = again(story, 3)
+    for n in (2, 1, 0):
+        assert editor.undo() == (REQUESTS[n],)
+        assert editor.requests == REQUESTS[:n]
+        assert torch.equal(logits(editor), story.logits[n])
+        assert not torch.equal(logits(editor), story.logits[n + 1])  # control
+    assert editor.state_dict() == {}
+    with pytest.raises(UndoError, match=r"cannot take back 1 requests: 0 are in force"):
+        editor.undo()
+
+
+def test_several_are_undone_at_once_or_none(host, story):
+    editor = again(story, 3)
+    assert editor.undo(2) == (REQUESTS[2], REQUESTS[1])
+    assert torch.equal(logits(editor), story.logits[1])
+    for n in (0, 2):
+        with pytest.raises(UndoError, match=f"n=0|cannot take back {n} requests: 1 are"):
+            editor.undo(n)
+    assert torch.equal(logits(editor), story.logits[1])
+    assert editor.undo(1) == (REQUESTS[0],)
+    assert torch.equal(logits(editor), host_logits(host))
+
+
+def test_what_was_taken_back_can_be_made_again(story):
+    """The same state, though other requests were made and taken back in between."""
+    editor = again(story, 2)
+    editor.apply(REQUESTS[2])
+    assert torch.equal(logits(editor), story.logits[3])
+    editor.undo()
+    editor.apply(EditRequest((Edit("Something", "else"),)))
+    assert not torch.equal(logits(editor), story.logits[3])  # control
+
+
+def test_reset_is_the_host_bit_for_bit(host, story):
+    editor = again(story, 3)
+    editor.reset()
+    assert torch.equal(logits(editor), host_logits(host))
+    assert editor.requests == ()
+    assert editor.state_dict() == {}
+
+
+def test_a_saved_state_gives_the_same_bits(story):
+    for n in (1, 2, 3):
+        editor = again(story, n)
+        assert torch.equal(logits(editor), story.logits[n])
+        state = editor.state_dict()
+        assert state.keys() == story.states[n - 1].keys()
+        assert all(torch.equal(state[name], story.states[n - 1][name]) for name in state)
+    changed = {name: tensor + 0.01 for name, tensor in story.states[0].items()}
+    editor.load_state_dict(changed, REQUESTS[:1])
+    assert not torch.equal(logits(editor), story.logits[1])  # control
+
+
+def test_a_saved_state_shares_no_memory(story):
+    editor = again(story, 1)
+    for tensor in editor.state_dict().values():
+        tensor.fill_(0.0)
+    assert torch.equal(logits(editor), story.logits[1])
+
+
+def test_a_damaged_state_changes_nothing(story):
+    editor = again(story, 1)
+    state = story.states[0]
+    name = sorted(state)[0]
+    damaged = {
+        "is missing": {key: tensor for key, tensor in state.items() if key != name},
+        "belongs to no edit": state | {"stranger": torch.zeros(1)},
+        r"has shape \[1\], expected": state | {name: torch.zeros(1)},
+    }
+    for message, one in damaged.items():
+        with pytest.raises(DamagedArtifactError, match=message):
+            editor.load_state_dict(one, REQUESTS[:1])
+        assert torch.equal(logits(editor), story.logits[1])
+        assert editor.requests == REQUESTS[:1]
+    if editor.config.bases == "own":  # then an edit without its bases is noticed
+        with pytest.raises(DamagedArtifactError, match="is missing"):
+            editor.load_state_dict(state, REQUESTS[:2])
+
+
+def test_the_seed_decides_every_bit(host, story):
+    same, other = (make(host, story.editor.name, story.preset, seed=seed) for seed in (0, 1))
+    for editor in (same, other):
+        editor.apply(REQUESTS[0])
+    state = same.state_dict()
+    print({name: float((state[name]-story.states[0][name]).abs().max()) for name in state}, same._background.slots.shape if hasattr(same,"_background") else 0, [torch.equal(same._background.states[x], story.editor._background.states[x]) for x in same._background.states] if "_background" in story.editor.__dict__ else None)
+    assert all(torch.equal(state[name], story.states[0][name]) for name in state)
+    assert not torch.equal(logits(other), story.logits[1])  # control
+
+
+def test_bases_stay_orthonormal(story):
+    bases = {name: tensor for name, tensor in story.states[-1].items() if name.endswith(".R")}
+    for tensor in bases.values():
+        identity = torch.eye(len(tensor), dtype=tensor.dtype)
+        assert float((tensor @ tensor.T - identity).abs().max()) < 1e-5
+        readout = story.states[-1][next(iter(bases)).removesuffix("R") + "A"]
+        assert float((readout @ readout.T - identity).abs().max()) > 1e-3  # control: A moves freely
+
+
+def test_the_host_stays_as_it_is(host):
+    """Weights, gradients, what may be trained, the mode, and no hook left behind."""
+    weights = {name: weight.clone() for name, weight in host.model.state_dict().items()}
+    host.model.train()
+    flags = [
+        weight.requires_grad_(i % 3 == 0).requires_grad for i, weight in enumerate(host.model.parameters())
+    ]
+    try:
+        for method, preset in PRESETS:
+            editor = make(host, method, preset, max_steps=4)
+            editor.apply(REQUESTS[0])
+            editor.undo()
+            assert all(torch.equal(weights[name], now) for name, now in host.model.state_dict().items())
+            assert [weight.requires_grad for weight in host.model.parameters()] == flags
+            assert all(weight.grad is None for weight in host.model.parameters())
+            assert all(module.training for module in host.model.modules())
+            assert n_hooks(host.model) == 0
+    finally:
+        host.model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("where", ["first step", "loss", "commit"])
+def test_an_edit_that_breaks_off_changes_nothing(story, where, monkeypatch):
+    editor = again(story, 2)
+    loads = editor.state_dict()
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    if where == "loss":
+        monkeypatch.setattr("baft.methods.training.target_cross_entropy", interrupt)
+    elif where == "commit":  # trained, and half put down
+        monkeypatch.setattr("baft.nn.interventions.SubspaceIntervention.frozen", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        editor.apply(REQUESTS[2], on_step=interrupt if where == "first step" else None)
+    monkeypatch.undo()
+    assert editor.requests == REQUESTS[:2]
+    assert torch.equal(logits(editor), story.logits[2])
+    state = editor.state_dict()
+    assert state.keys() == loads.keys()
+    assert all(torch.equal(state[name], loads[name]) for name in state)
+    assert n_hooks(editor.host.model) == 0
+    editor.apply(REQUESTS[2])  # nothing is left over that a second attempt would trip on
+    assert torch.equal(logits(editor), story.logits[3])
+
+
+def test_the_gates_are_explained(host, story):
+    editor = again(story, 2)
+    encoder = Encoder.for_host(host)
+    text = encoder.edit(TOWER.prompt, TOWER.target, eos=False)
+    n = len(text.prompt_ids)
+    readings = editor.explain((*text.prompt_ids, *text.target_ids), n)
+    assert {one.position for one in readings} == set(range(n - 3, n + len(text.target_ids)))
+    assert {one.layer for one in readings} == {site.layer for site in editor.sites}
+    assert all(0 <= weight <= 1 for one in readings for weight in one.weights)
+    assert {len(one.weights) for one in readings} == {editor.config.rank}
+    owners = {one.edit_id for one in readings}
+    everyone = {edit.id for request in REQUESTS[:2] for edit in request.edits}
+    assert owners == (everyone if editor.config.bases == "own" else {None})
+    assert again(story, 0).explain((*text.prompt_ids, *text.target_ids), n) == ()
+    assert n_hooks(host.model) == 0
+
+
+def test_a_method_says_what_it_can():
+    for name in methods.names():
+        kind = methods.get(name)
+        assert kind.name == name
+        assert kind.summary
+        assert {"default", "paper"} <= set(kind.presets)
+        assert kind.capabilities <= set(Capability)
+        with pytest.raises(UnknownNameError, match=f"unknown {name} preset 'papr'; did you mean 'paper'"):
+            kind.preset("papr")
+    with pytest.raises(UnknownNameError, match="did you mean 'baft'"):
+        methods.get("bft")
