@@ -201,7 +201,8 @@ def _cache_path(host: Host, encoder: Encoder, sites: Sequence[Site]) -> Path:
 
 def _read(path: Path, sites: Sequence[Site]) -> Background | None:
     try:
-        kept = load_file(path)
+        # Copies: a tensor inside the file stands at any address, and on that depends how products are rounded.
+        kept = {name: tensor.clone() for name, tensor in load_file(path).items()}
         return Background({site: kept[f"layer{site.layer}"] for site in sites}, kept["slots"])
     except (OSError, SafetensorError, KeyError):  # not there, or damaged: it is computed again
         return None

@@ -100,7 +100,8 @@ class Frame:
             raise DamagedArtifactError(
                 f"tensor {key!r} has shape {list(tensor.shape)}, expected {list(shape)}"
             )
-        return tensor.to(self.device(site), self.dtype).unsqueeze(0)
+        # A copy: on the address of a tensor, which inside a file is any, depends how products are rounded.
+        return tensor.to(self.device(site), self.dtype, copy=True).unsqueeze(0)
 
 
 class Bases(ABC):
