@@ -42,7 +42,7 @@ from baft.cli.options import (
     require_place,
 )
 from baft.cli.tables import count, gates_view, report_view, stored_view, table, verdict
-from baft.cli.terminal import Group, Terminal, logging_to_stderr
+from baft.cli.terminal import Group, Terminal
 from baft.cli.work import (
     answer_of,
     chat_of,
@@ -79,15 +79,15 @@ def main() -> None:
     app(prog_name="baft")
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"baft {baft.__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
 def _options(
-    ctx: typer.Context,
     debug: Annotated[
         bool, typer.Option("--debug", envvar="BAFT_DEBUG", help="Show the traceback of an error.")
     ] = False,
@@ -96,8 +96,7 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    del debug, version  # the group reads the one, its callback the other
-    ctx.with_resource(logging_to_stderr(verbose=verbose))
+    del debug, verbose, version  # `Group` reads the first two, and `_version` the last
 
 
 @app.command()

@@ -112,11 +112,12 @@ class Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Runs a command."""
         try:
-            return super().invoke(ctx)
+            with logging_to_stderr(verbose=ctx.params["verbose"]):
+                return super().invoke(ctx)
         except BrokenPipeError:  # whoever read stdout has seen enough; typer ends quietly
             raise
         except (BaftError, OSError, KeyboardInterrupt) as error:
-            if ctx.params.get("debug"):
+            if ctx.params["debug"]:
                 traceback.print_exception(error)
             print_error(_words(error))
             raise typer.Exit(_INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1) from None
@@ -173,7 +174,8 @@ class _Retell(logging.Handler):
         self._status = status
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._status.update(safe(record.getMessage()))
+        if record.levelno == logging.INFO:  # warnings have lines of their own
+            self._status.update(safe(record.getMessage()))
 
 
 def _escaped(one: str) -> str:
