@@ -45,7 +45,7 @@ clean:  ## Remove everything that was built, .venv included
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 host: $(STAMP)
-	$(PY) -m baft.hosts.models smollm2
+	$(PY) -m baft.hosts.embedded smollm2
 
 # Written last, so that an interrupted installation is begun again from nothing; a changed list of dependencies
 # is brought up to date in place. torch comes first and by itself: whatever build pip finds for this machine is

@@ -28,9 +28,10 @@ from baft.artifact import EditSet, StoredEdit
 from baft.errors import ArtifactError, ConfigError, EditError, InputError, UndoError
 from baft.hosts.background import background_text, fitting
 from baft.hosts.edited_model import EditedModel, live_view
+from baft.hosts.embedded import EMBEDDED
 from baft.hosts.encoding import Messages
 from baft.hosts.identity import HostIdentity, compare, identify
-from baft.hosts.models import EMBEDDED, Host, load_host
+from baft.hosts.models import Host, load_host
 from baft.hosts.speaking import Speaker
 from baft.methods.base import Editor, EditOutcome, GateReading, OnStep, methods
 from baft.report import EditReport, EditRow

@@ -30,9 +30,10 @@ from torch import Tensor
 from baft.errors import InputError, UnsupportedHostError
 from baft.hosts.architecture import Site, intervention_dtype
 from baft.hosts.edited_model import EditedModel, Recording
+from baft.hosts.embedded import cache_folder
 from baft.hosts.encoding import Encoder
 from baft.hosts.identity import identify
-from baft.hosts.models import Host, cache_folder
+from baft.hosts.models import Host
 from baft.hosts.positions import PositionSpec
 
 logger = logging.getLogger(__name__)
@@ -201,7 +202,7 @@ def _cache_path(host: Host, encoder: Encoder, sites: Sequence[Site]) -> Path:
 
 def _read(path: Path, sites: Sequence[Site]) -> Background | None:
     try:
-        # Copies: a tensor inside the file stands at any address, and on that depends how products are rounded.
+        # Copies: a tensor in the file stands at any address, and on that depends how products are rounded.
         kept = {name: tensor.clone() for name, tensor in load_file(path).items()}
         return Background({site: kept[f"layer{site.layer}"] for site in sites}, kept["slots"])
     except (OSError, SafetensorError, KeyError):  # not there, or damaged: it is computed again
