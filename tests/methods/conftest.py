@@ -24,6 +24,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BAFT_CACHE", str(folder))
+        patch.setattr("baft.hosts.background._WORTH_KEEPING_S", 0.0)
         yield folder
 
 

@@ -13,18 +13,23 @@ from baft.methods.base import Capability, Editor, methods
 from baft.types import Edit, EditRequest
 
 PRESETS = [(name, preset) for name in methods.names() for preset in methods.get(name).presets]
-# A random host has nothing to build on: larger steps than real ones need.
+# A random host has nothing to build on, and all its states look alike: larger steps and wider gates than real
+# ones need, and the same whatever the presets say.
 QUICK = {
     "learning_rate": 5e-2,
     "max_steps": 60,
     "stop_margin": 0.7,
     "stop_loss": None,
     "schedule": "constant",
+    "gate_midpoint": 0.3,
+    "output_midpoint": 0.3,
+    "gate_clearance": 0.0,
+    "gate_shrinkage": 0.05,
 }
 TOWER = Edit("The tower is in the city of", "Ro")
 REQUESTS = (
     EditRequest((TOWER,)),
-    EditRequest((Edit("Paris is in", "Be"), Edit("The capital is", "Co"), Edit("A river", " dry"))),
+    EditRequest((Edit("Paris is in", "Be"), Edit("Nine hats of", "Co"), Edit("A river", " dry"))),
     EditRequest((Edit("The king of France was", "Al"),), unrelated=("The king of Spain was",)),
 )
 PROBES = ("The tower is in the city of", "A river", "Nothing in particular", "The king of France was")
@@ -191,9 +196,27 @@ def test_a_saved_state_gives_the_same_bits(story):
 
 def test_a_saved_state_shares_no_memory(story):
     editor = again(story, 1)
-    for tensor in editor.state_dict().values():
+    given = {name: tensor.clone() for name, tensor in story.states[0].items()}
+    editor.load_state_dict(given, REQUESTS[:1])
+    for tensor in [*editor.state_dict().values(), *given.values()]:
         tensor.fill_(0.0)
     assert torch.equal(logits(editor), story.logits[1])
+
+
+def misplaced(tensor):
+    """A copy at an address that no allocation has, as a tensor inside a file."""
+    wide = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    return wide[1:].view(tensor.shape).copy_(tensor)
+
+
+def test_where_a_saved_state_stands_in_memory_does_not_matter(story):
+    state = {name: misplaced(tensor) for name, tensor in story.states[1].items()}
+    assert any(tensor.data_ptr() % 64 for tensor in state.values())
+    editor = again(story, 0)
+    editor.load_state_dict(state, REQUESTS[:2])
+    assert torch.equal(logits(editor), story.logits[2])
+    parts = [part for parts in editor.edited.interventions.values() for part in parts]
+    assert all(part.R.data_ptr() % 64 == 0 for part in parts)
 
 
 def test_a_damaged_state_changes_nothing(story):
@@ -220,7 +243,6 @@ def test_the_seed_decides_every_bit(host, story):
     for editor in (same, other):
         editor.apply(REQUESTS[0])
     state = same.state_dict()
-    print({name: float((state[name]-story.states[0][name]).abs().max()) for name in state}, same._background.slots.shape if hasattr(same,"_background") else 0, [torch.equal(same._background.states[x], story.editor._background.states[x]) for x in same._background.states] if "_background" in story.editor.__dict__ else None)
     assert all(torch.equal(state[name], story.states[0][name]) for name in state)
     assert not torch.equal(logits(other), story.logits[1])  # control
 
