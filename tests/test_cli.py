@@ -24,7 +24,7 @@ from baft.cli import main, options, tables
 from baft.cli.app import app
 from baft.cli.terminal import Terminal, TrainingBar, logging_to_stderr, safe
 from baft.errors import ArtifactError, ConfigError, InputError
-from baft.hosts import models
+from baft.hosts import embedded, models
 from baft.methods.base import methods
 from baft.model import AppliedEdit, Model, TokenGates
 from baft.types import Edit
@@ -348,6 +348,13 @@ def test_blank_texts_are_refused(rome: Path) -> None:
     assert "not blank" in failed("ask", rome, " ")
 
 
+def test_bytes_that_are_no_text_are_refused(rome: Path, host: Path, tmp_path: Path) -> None:
+    assert "not valid Unicode" in failed("ask", rome, "a\udcff")
+    assert "not valid Unicode" in failed("edit", "-m", host, "-p", "a", "-t", "b\udcff", *QUICK)
+    path = lines(tmp_path / "half.jsonl", {"prompt": "a\ud800", "target": "b"})
+    assert "not valid Unicode" in failed("edit", "-m", host, "--from", path, *QUICK)
+
+
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -584,7 +591,7 @@ def test_undo_of_everything_deletes_only_when_told_to(rome: Path) -> None:
 
 def test_the_embedded_hosts_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = document("models")
-    assert [one["name"] for one in found] == list(models.EMBEDDED)
+    assert [one["name"] for one in found] == list(embedded.EMBEDDED)
     assert "Apache-2.0" in run("models").stdout
     monkeypatch.setenv("BAFT_CACHE", str(tmp_path))
     assert [one["downloaded"] for one in document("models")] == [False] * len(found)
@@ -630,8 +637,8 @@ def a_tty(monkeypatch: pytest.MonkeyPatch) -> Tty:
 
 def show_progress(terminal: Terminal) -> None:
     with logging_to_stderr(verbose=False), terminal.waiting("loading it"):
-        logging.getLogger("baft.hosts.models").info("fetching it")
-        logging.getLogger("baft.hosts.models").warning("it is damaged")
+        logging.getLogger("baft.hosts.embedded").info("fetching it")
+        logging.getLogger("baft.hosts.embedded").warning("it is damaged")
     with terminal.training(2) as bar:
         for _ in range(2):
             bar.next()
@@ -663,10 +670,10 @@ def test_verbose_logs_what_goes_on_and_leaves_the_loggers_as_they_were(
     before = (logger.level, list(logger.handlers))
 
     def tell(*_: object) -> list[Any]:
-        logging.getLogger("baft.hosts.models").info("looking")
+        logging.getLogger("baft.hosts.embedded").info("looking")
         return []
 
-    monkeypatch.setattr(models, "embedded_hosts", tell)
+    monkeypatch.setattr(embedded, "embedded_hosts", tell)
     assert run("--verbose", "models").stderr == "info: looking\n"
     assert run("models").stderr == ""
     assert (logger.level, logger.handlers) == before
@@ -678,7 +685,7 @@ def test_an_error_of_many_lines_is_one_line_and_debug_shows_its_traceback(
     def fail() -> None:
         raise ArtifactError("it is broken\n  twice\x1b[2J\n")
 
-    monkeypatch.setattr(models, "embedded_hosts", fail)
+    monkeypatch.setattr(embedded, "embedded_hosts", fail)
     assert failed("models") == "it is broken; twice\\x1b[2J"
     for done in (run("--debug", "models"), CliRunner().invoke(app, ["models"], env={"BAFT_DEBUG": "1"})):
         assert done.exit_code == 1
@@ -700,7 +707,7 @@ def test_every_foreseen_error_has_words(
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr(models, "embedded_hosts", fail)
+    monkeypatch.setattr(embedded, "embedded_hosts", fail)
     assert failed("models") == message
 
 
@@ -708,7 +715,7 @@ def test_an_unforeseen_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> N
     def fail() -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(models, "embedded_hosts", fail)
+    monkeypatch.setattr(embedded, "embedded_hosts", fail)
     assert isinstance(run("models").exception, ZeroDivisionError)
 
 
@@ -716,7 +723,7 @@ def test_a_reader_that_leaves_early_is_no_error(monkeypatch: pytest.MonkeyPatch)
     def fail() -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr(models, "embedded_hosts", fail)
+    monkeypatch.setattr(embedded, "embedded_hosts", fail)
     done = run("models")
     assert (done.exit_code, done.output) == (1, "")
 
@@ -724,7 +731,7 @@ def test_a_reader_that_leaves_early_is_no_error(monkeypatch: pytest.MonkeyPatch)
 def test_the_program_as_a_shell_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     done = in_a_shell("models", "--json", PYTHONIOENCODING="ascii", COLUMNS="60")
     assert (done.returncode, done.stderr) == (0, "")
-    assert [one["name"] for one in json.loads(done.stdout)] == list(models.EMBEDDED)
+    assert [one["name"] for one in json.loads(done.stdout)] == list(embedded.EMBEDDED)
     shown = in_a_shell("models", PYTHONIOENCODING="ascii", COLUMNS="60", NO_COLOR="1")
     assert shown.returncode == 0
     assert "\x1b" not in shown.stdout

@@ -331,7 +331,7 @@ def undo(
 @app.command()
 def models(as_json: Json = False) -> None:
     """List the embedded hosts; folders and hub ids work as well."""
-    from baft.hosts.models import embedded_hosts
+    from baft.hosts.embedded import embedded_hosts
 
     found = embedded_hosts()
     rows = [

@@ -242,6 +242,10 @@ class Encoder:
         return ids
 
     def _encode(self, text: str, *, special: bool) -> tuple[int, ...]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # tokenizers have no words for it
+            raise InputError(f"the text {text!r} is not valid Unicode: {error.reason}") from None
         encoded: Any = self.tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)
         return tuple(encoded["input_ids"])
 
