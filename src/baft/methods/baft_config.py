@@ -30,7 +30,9 @@ class BaftConfig(TrainingConfig):
         locality_from_step: First step on which `R_loc` counts; before, A, b and R shall have moved.
         gate_threshold: Closed form: weight at and below which a gate is exactly zero.
         gate_sharpness: Closed form: slope of the gate in its score, which is one at the edit.
-        gate_midpoint: Closed form: score at which a gate stands at one half, at least.
+        gate_midpoint: Closed form: score at which the gate of a prompt's last token stands at one half, at least.
+        output_midpoint: Closed form: the same for the gate of an output token; once the answer has begun, its
+            states hardly differ between phrasings, so this gate can be stricter.
         gate_clearance: Closed form: how far the midpoint stays above the scores of the background.
         gate_shrinkage: Closed form: how far the background's covariance is drawn to its diagonal.
         slot_share: Closed form: share of the background's weight that goes to states at the same slot
@@ -56,9 +58,10 @@ class BaftConfig(TrainingConfig):
     locality_from_step: int = 3
     gate_threshold: float = 0.1
     gate_sharpness: float = 14.0
-    gate_midpoint: float = 0.4
-    gate_clearance: float = 0.2
-    gate_shrinkage: float = 0.1
+    gate_midpoint: float = 0.42
+    output_midpoint: float = 0.6
+    gate_clearance: float = 0.22
+    gate_shrinkage: float = 0.7
     slot_share: float = 0.5
     max_target_tokens: int = 128
 

@@ -85,7 +85,8 @@ class ClosedFormGates:
             )
             scores = (self.states @ u + c) / config.gate_sharpness
             ordinary = torch.quantile(scores, _ORDINARY_QUANTILE).item()
-            midpoint = max(config.gate_midpoint, ordinary + config.gate_clearance)
+            lowest = config.output_midpoint if slots[k] == Slot.TEXT else config.gate_midpoint
+            midpoint = max(lowest, ordinary + config.gate_clearance)
             gates.append((u, c - config.gate_sharpness * midpoint))
         U, c = (torch.stack(parts) for parts in zip(*gates, strict=True))
         spread = torch.arange(config.rank, device=keys.device) % len(gates)
