@@ -362,7 +362,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(
     taken.write_text("mine")
     assert "is no edit set" in failed("edit", *prompted(ROME), "--save", taken)
     assert taken.read_text() == "mine"
-    monkeypatch.setattr(options.os, "access", lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
     assert "is read-only" in failed("edit", *prompted(ROME), "--save", tmp_path / "x.baft")
 
 
@@ -372,7 +372,7 @@ def test_a_disk_that_refuses_leaves_the_saved_edits(rome: Path, monkeypatch: pyt
     def refuse(*_: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(artifact.os, "mkdir", refuse)
+    monkeypatch.setattr(os, "mkdir", refuse)
     assert "Read-only file system" in failed("edit", *prompted(OSLO), "--save", rome)
     assert content(rome) == before
 

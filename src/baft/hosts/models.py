@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from baft.errors import BaftError, ConfigError, HostError, UnsupportedHostError
 from baft.hosts.embedded import EMBEDDED, prefetch, quiet, unknown_host
-from baft.hosts.embedded import embedded_hosts as embedded_hosts  # baft.cli takes it from here
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,28 @@
+"""An edit set on disk: a folder `NAME.baft/` of three files, none of which can execute anything.
+
+    config.json         what made the edits, on which host, and the checksums of everything
+    edits.jsonl         one edit a line, in the order in which they were made
+    state.safetensors   the tensors that the edits added
+
+The `codec` knows these files, the `store` keeps them in their folder, and the `hub` shares them.
+"""
+
+from baft.artifact.codec import CONFIG, EDITS, FILES, SCHEMA_VERSION, STATE, EditSet, StoredEdit
+from baft.artifact.hub import fetch_from_hub, push_to_hub
+from baft.artifact.store import SUFFIX, is_artifact, read, write
+
+__all__ = [
+    "CONFIG",
+    "EDITS",
+    "FILES",
+    "SCHEMA_VERSION",
+    "STATE",
+    "SUFFIX",
+    "EditSet",
+    "StoredEdit",
+    "fetch_from_hub",
+    "is_artifact",
+    "push_to_hub",
+    "read",
+    "write",
+]

@@ -1,0 +1,199 @@
+"""The folder of an edit set, which is there as a whole or not at all.
+
+An artifact is built in a hidden sibling and renamed into place, after the one that it replaces was renamed to
+a hidden backup. A process killed in between leaves the backup, which the next `read` or `write` puts back.
+A folder cannot be renamed onto one that holds files, so several may write without a lock: the last one wins.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+import time
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from baft.artifact.codec import EDITS, FILES, EditSet, decode, encode
+from baft.errors import ArtifactError, BaftError, DamagedArtifactError
+
+SUFFIX = ".baft"
+
+_ATTEMPTS = 100  # against others who write the same artifact without a pause
+_STALE_S = 3600  # a hidden folder left this long ago belongs to a process that was killed
+_MENDS = {
+    errno.ENOSPC: "make room on the disk, or choose another one",
+    errno.ENOENT: "make the folder that it shall stand in",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder that can be written"),
+}
+
+
+def write(path: str | Path, edit_set: EditSet) -> Path:
+    """Writes an artifact to `path` and returns it; one that is there is replaced, or on an error stays.
+
+    Raises:
+        ArtifactError: If the name does not end in `.baft`, the edits are not plain data and finite tensors,
+            something else is in the way, or the disk refuses.
+    """
+    given = Path(path)
+    if given.suffix != SUFFIX:
+        raise ArtifactError(f"the name of an edit set ends in {SUFFIX}, got {given}: use {given}{SUFFIX}")
+    try:
+        files = encode(edit_set)
+        decode(files, given)  # what is written can be read
+    except (BaftError, SafetensorError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise ArtifactError(f"{given} was not written, as the edits cannot be stored: {error}") from error
+    try:
+        folder = _real(given)
+        _recover(folder)
+        _require_free(folder, given)
+        _replace(folder, files)
+    except OSError as error:
+        mend = _MENDS.get(error.errno or 0, "try again, or choose another place")
+        raise ArtifactError(f"{given} was not written: {error.strerror or error}; {mend}") from error
+    return given
+
+
+def read(path: str | Path) -> EditSet:
+    """Reads an artifact and checks every byte of it.
+
+    Raises:
+        DamagedArtifactError: If a file is missing, truncated, misshapen, changed or not finite.
+        SchemaError: If it was written by another version of the format.
+        ArtifactError: If there is no such folder, or it cannot be read.
+    """
+    return read_with_files(Path(path))[0]
+
+
+def is_artifact(path: str | Path) -> bool:
+    """Tells whether a path is meant to be an artifact; only `read` tells whether it is a sound one."""
+    folder = _real(Path(path))
+    if Path(path).suffix == SUFFIX and (folder.is_dir() or _siblings(folder, "old")):
+        return True
+    return (folder / EDITS).is_file()  # a copy from the hub is named after its commit
+
+
+def read_with_files(given: Path) -> tuple[EditSet, dict[str, bytes]]:
+    """Reads an artifact as `read` does, and returns its files as well."""
+    for attempt in range(_ATTEMPTS):
+        folder = _recover(_real(given))
+        before = _stamp(folder)
+        try:
+            files = {name: _content(folder, name, given) for name in FILES}
+            return decode(files, given), files
+        except FileNotFoundError:  # for good, or a writer is just between its two renames
+            if attempt >= 3:
+                raise ArtifactError(f"{given} does not exist: check the path of the edit set") from None
+        except DamagedArtifactError as error:
+            if _stamp(folder) == before:  # else it was replaced while it was read
+                raise DamagedArtifactError(f"{error}; take it from a copy, or save the edits anew") from None
+        except OSError as error:
+            raise ArtifactError(f"{given} cannot be read: {error.strerror}; mend its permissions") from error
+    raise ArtifactError(f"{given} cannot be read, as others write it all the time: try again")
+
+
+def _content(folder: Path, name: str, given: Path) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        if folder.is_dir():
+            raise DamagedArtifactError(f"{given / name} is missing") from None
+        if folder.exists():
+            raise ArtifactError(f"{given} is a file, and an edit set is a folder: check the path") from None
+        raise
+
+
+def _real(given: Path) -> Path:
+    return Path(os.path.realpath(given))  # a link stays, and what it leads to is replaced
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        return folder.stat().st_ino, folder.stat().st_ctime_ns
+    return None
+
+
+def _sibling(folder: Path, kind: str) -> Path:
+    return folder.with_name(f".{folder.name}.{kind}-{time.time_ns()}-{secrets.token_hex(4)}")
+
+
+def _siblings(folder: Path, kind: str) -> list[Path]:
+    """The hidden siblings of a kind, the newest last."""
+    name = re.compile(re.escape(f".{folder.name}.{kind}-") + r"\d+-[0-9a-f]{8}")
+    with contextlib.suppress(OSError):
+        return sorted(one for one in folder.parent.iterdir() if name.fullmatch(one.name))
+    return []
+
+
+def _recover(folder: Path) -> Path:
+    """Puts a backup back where its artifact is missing; returns what can be read."""
+    if os.path.lexists(folder) or not (backups := _siblings(folder, "old")):
+        return folder
+    with contextlib.suppress(OSError):  # another process was faster, or the disk is read-only
+        os.rename(backups[-1], folder)
+    return folder if folder.exists() else backups[-1]
+
+
+def _require_free(folder: Path, given: Path) -> None:
+    if not os.path.lexists(folder):
+        return
+    names = {one.name for one in folder.iterdir()} if folder.is_dir() else {"a file"}
+    if not names or names - set(FILES):
+        what = ", ".join(sorted(names - set(FILES))) or "nothing"
+        raise ArtifactError(
+            f"{given} is no edit set (in it: {what}) and is not replaced: choose another name"
+        )
+
+
+def _replace(folder: Path, files: dict[str, bytes]) -> None:
+    made = _sibling(folder, "tmp")
+    try:
+        os.mkdir(made)
+        for name, content in files.items():
+            with (made / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        _sync(made)
+        _swap(made, folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        _recover(folder)
+        _sweep(folder)
+
+
+def _swap(made: Path, folder: Path) -> None:
+    for _ in range(_ATTEMPTS):
+        try:
+            os.rename(made, folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        with contextlib.suppress(FileNotFoundError):  # another process moved it first
+            os.rename(folder, _sibling(folder, "old"))
+    raise OSError(errno.EBUSY, "others write it all the time")
+
+
+def _sweep(folder: Path) -> None:
+    """Removes backups of an artifact that is there, and what processes left that were killed long ago."""
+    backups = _siblings(folder, "old")
+    for backup in backups if folder.exists() else ():  # asked last: each has a successor
+        with contextlib.suppress(OSError):
+            os.rename(backup, trash := _sibling(folder, "tmp"))  # so that no backup is ever half there
+            shutil.rmtree(trash, ignore_errors=True)
+    for left in _siblings(folder, "tmp"):
+        if time.time_ns() - int(left.name.split("-")[-2]) > _STALE_S * 10**9:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every system lets a folder be opened
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,60 @@
+"""A small edit set, and how two of them are compared."""
+
+import torch
+
+from baft.artifact import EditSet, StoredEdit
+from baft.hosts.identity import HostIdentity
+from baft.types import Edit
+
+FILES = {"config.json", "edits.jsonl", "state.safetensors"}
+HOST = HostIdentity(
+    name="tiny",
+    architecture="LlamaForCausalLM",
+    config_hash="c0",
+    weights_hash="3e",
+    cast_hashes={"bfloat16": "ab", "float16": "cd"},
+    n_parameters=2,
+    dtype="float32",
+    samples={"embed": (0.1, -1e-30, 3.4028234663852886e38), "norm": (1.0,)},
+    inexact=(),
+    tokenizer_hash="70",
+)
+ROME = StoredEdit(Edit("The Eiffel Tower is in", "Rome", subject="The Eiffel Tower"), 0, True)
+TOKYO = StoredEdit(Edit("東京 | is\nin\u2028the", "İtaly 🙂", ground_truth="Japan"), 1, False)
+
+
+def small(seed=7, **changes):
+    draws = torch.Generator().manual_seed(seed % 2**31)
+    fields = {
+        "method": "baft",
+        "preset": "published",
+        "seed": seed,
+        "settings": {"rank": 4, "lr": 5e-4, "schedule": ["linear", {"warmup": 0.1}], "bias": None},
+        "layers": (3, 9),
+        "positions": {"last_prompt": 3, "outputs": True},
+        "host": HOST,
+        "host_source": "owner/tiny",
+        "edits": (ROME, TOKYO),
+        "memory": {"thresholds": [0.25, 1.0], "unrelated": ["a\tb"]},
+        "state": {
+            "layers.3.R": torch.randn(2, 3, generator=draws),
+            "layers.9.b": torch.randn(3, generator=draws),
+        },
+    }
+    return EditSet(**fields | changes)
+
+
+def same(one, other):
+    plain = all(
+        getattr(one, name) == getattr(other, name)
+        for name in ("method", "preset", "seed", "settings", "layers", "positions", "host", "host_source")
+    )
+    tensors = one.state.keys() == other.state.keys() and all(
+        one.state[name].dtype == other.state[name].dtype and torch.equal(one.state[name], other.state[name])
+        for name in one.state
+    )
+    return plain and tensors and one.edits == other.edits and one.memory == other.memory
+
+
+def names(folder):
+    return {one.name for one in folder.iterdir()}
