@@ -76,8 +76,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 FAMILIES = tuple(_CONFIGS)
 # Of these, transformers has only its own attention.
 _EAGER_ONLY = ("gptj", "gemma2")
-HOSTS = [(family, "eager") for family in FAMILIES]
-HOSTS += [(family, "sdpa") for family in FAMILIES if family not in _EAGER_ONLY]
+HOSTS = [(family, "eager" if family in _EAGER_ONLY else "sdpa") for family in FAMILIES] + [("llama", "eager")]
 
 
 def tiny_host(

@@ -377,7 +377,8 @@ class TestCommand:
         assert err.count("\n") == 1
 
     def test_listing_needs_no_torch(self):
-        code = "import sys, baft.hosts.models, baft.hosts.embedded as e; e.embedded_hosts(); sys.exit('torch' in sys.modules)"
+        code = "import sys, baft.hosts.models, baft.hosts.embedded as e; e.embedded_hosts(); "
+        code += "sys.exit('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
