@@ -1,0 +1,198 @@
+"""States of text that no edit is about: which they are, and that the cache changes nothing."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from baft.errors import InputError, UnsupportedHostError
+from baft.hosts import background as module
+from baft.hosts.architecture import Site
+from baft.hosts.background import Slot, background, background_text, fitting, prompt_states
+from baft.hosts.encoding import Encoder
+from baft.hosts.models import Host
+from tiny import CHATML, D_MODEL, states_at, tiny_host, tiny_tokenizer
+
+SITES = (Site(0), Site(2))
+SMALL = {
+    "sentences": ("A river runs far.", "Bread."),
+    "prompts": ("The capital of it", "Who"),
+    "chat_prompts": ("Who",),
+    "canaries": ("A",),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BAFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "background"
+
+
+@pytest.fixture(scope="module")
+def host():
+    return Host("tiny", tiny_host("llama"), tiny_tokenizer(chat_template=CHATML), "tiny")
+
+
+@pytest.fixture(scope="module")
+def encoder(host):
+    return Encoder.for_host(host, max_tokens=64)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(module, "background_text", lambda: SMALL)
+
+
+def same(one, other):
+    states = all(torch.equal(one.states[site], other.states[site]) for site in SITES)
+    return states and torch.equal(one.slots, other.slots)
+
+
+def test_the_text_is_there_once_and_its_kinds_are_apart():
+    text = background_text()
+    assert text is background_text()
+    assert set(text) == {"sentences", "prompts", "chat_prompts", "canaries"}
+    assert len(text["chat_prompts"]) == module.N_CHAT_PROMPTS == len(set(text["chat_prompts"]))
+    assert set(text["chat_prompts"]) <= set(text["prompts"])
+    assert not set(text["canaries"]) & {*text["sentences"], *text["prompts"]}  # or they could not surprise
+    everything = [*text["sentences"], *text["prompts"], *text["canaries"]]
+    assert all(one.strip() == one != "" for one in everything)
+    assert not [one for one in text["prompts"] if "{" in one or one[0] != one[0].upper()]  # all filled in
+
+
+def test_states_are_those_of_the_host_at_the_right_tokens(host, encoder, small):
+    found = background(host, encoder, SITES)
+    for site in SITES:
+        expected = []
+        for sentence in sorted(SMALL["sentences"], key=lambda one: len(encoder.prompt(one))):
+            expected.append(states_at(host.model, site, torch.tensor([encoder.prompt(sentence)]))[1:])
+        for prompt in sorted(SMALL["prompts"], key=lambda one: len(encoder.prompt(one))):
+            expected.append(states_at(host.model, site, torch.tensor([encoder.prompt(prompt)]))[-3:])
+        chat = encoder.chat([{"role": "user", "content": "Who"}])
+        expected.append(states_at(host.model, site, torch.tensor([chat]))[-3:])
+        # Rounding: rows of a batch are summed in another order.
+        torch.testing.assert_close(found.states[site], torch.cat(expected), rtol=0, atol=1e-9)
+    n_text = sum(len(encoder.prompt(one)) - 1 for one in SMALL["sentences"])
+    texts = found.slots[:n_text].tolist()
+    assert set(texts) == {int(Slot.TEXT)}
+    last_raw, last_chat = int(Slot.LAST_RAW), int(Slot.LAST_CHAT)
+    assert found.slots[n_text:].tolist() == [0, 0, last_raw, 0, 0, last_raw, 0, 0, last_chat]
+    assert not torch.equal(found.states[SITES[0]], found.states[SITES[1]])  # control
+
+
+def test_prompts_of_a_user_are_added(host, encoder, small):
+    more = prompt_states(host, encoder, SITES, ["The king of Spain was"])
+    assert more.slots.tolist() == [0, 0, int(Slot.LAST_RAW), 0, 0, int(Slot.LAST_CHAT)]
+    base = background(host, encoder, SITES)
+    both = base.with_prompts(more)
+    for site in SITES:
+        assert torch.equal(both.states[site], torch.cat([base.states[site], more.states[site]]))
+    assert len(both.slots) == len(base.slots) + 6
+    raw = Encoder(tiny_tokenizer())
+    assert prompt_states(host, raw, SITES, ["The king"]).slots.tolist() == [0, 0, int(Slot.LAST_RAW)]
+    with pytest.raises(InputError, match="context holds 64"):  # a user's text is never left out in silence
+        prompt_states(host, encoder, SITES, ["x" * 100])
+
+
+def test_texts_that_do_not_fit_are_left_out(host, small, monkeypatch):
+    assert fitting(
+        lambda text: Encoder(tiny_tokenizer(), max_tokens=6).prompt(text), ["Who", "x" * 9, "A"]
+    ) == [
+        Encoder(tiny_tokenizer()).prompt("Who"),
+        Encoder(tiny_tokenizer()).prompt("A"),
+    ]
+    short = Encoder(tiny_tokenizer(chat_template=CHATML), max_tokens=14)  # one sentence, one prompt, no chat
+    found = background(host, short, SITES)
+    assert found.slots.tolist() == [0] * len("Bread.") + [0, 0, int(Slot.LAST_RAW)]
+    tiny = Encoder(tiny_tokenizer(), max_tokens=3)
+    with pytest.raises(
+        UnsupportedHostError, match="context of 3 tokens is shorter than every background text"
+    ):
+        background(host, tiny, SITES)
+
+
+def test_a_prompt_shorter_than_three_tokens_is_taken_but_for_its_first(host, encoder):
+    bare = Encoder(tiny_tokenizer(bos=False))
+    found = prompt_states(host, bare, SITES, ["A"])
+    assert found.slots.tolist() == [int(Slot.LAST_RAW)]
+    assert prompt_states(host, Encoder(tiny_tokenizer()), SITES, ["A"]).slots.tolist() == [int(Slot.LAST_RAW)]
+
+
+def test_the_cache_changes_nothing(host, encoder, small, cache, monkeypatch):
+    monkeypatch.setattr(module, "_WORTH_KEEPING_S", 1e9)
+    made = background(host, encoder, SITES)
+    assert not cache.exists()  # too quick to be worth it
+    monkeypatch.setattr(module, "_WORTH_KEEPING_S", 0.0)
+    assert same(background(host, encoder, SITES), made)
+    [file] = cache.iterdir()
+    monkeypatch.setattr(module, "_compute", None)  # from here on it is read
+    kept = background(host, encoder, SITES)
+    assert same(kept, made)
+    assert all(states.data_ptr() % 64 == 0 for states in kept.states.values())  # see _read
+    tensors = load_file(file)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, file)
+    assert not same(background(host, encoder, SITES), made)  # control: it is this file that is read
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "other", "gone"])
+def test_a_damaged_cache_is_made_anew(host, encoder, small, cache, monkeypatch, damage):
+    monkeypatch.setattr(module, "_WORTH_KEEPING_S", 0.0)
+    made = background(host, encoder, SITES)
+    [file] = cache.iterdir()
+    whole = file.read_bytes()
+    if damage == "truncated":
+        file.write_bytes(whole[:-5])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "other":
+        save_file({"layer0": torch.zeros(1)}, file)
+    else:
+        file.unlink()
+    assert same(background(host, encoder, SITES), made)
+    assert file.read_bytes() == whole
+    assert [one.name for one in cache.iterdir()] == [file.name]
+
+
+def test_what_the_cache_is_named_by(host, encoder, small, cache, monkeypatch):
+    """Another host, other layers, another tokenizer or text: another file."""
+    monkeypatch.setattr(module, "_WORTH_KEEPING_S", 0.0)
+    background(host, encoder, SITES)
+    background(host, encoder, SITES)
+    assert len(list(cache.iterdir())) == 1
+    background(host, encoder, (Site(1),))
+    other = Host("other", tiny_host("llama", seed=1), host.tokenizer, "other")
+    background(other, encoder, SITES)
+    raw = Host("raw", host.model, tiny_tokenizer(), "raw")
+    background(raw, Encoder.for_host(raw), SITES)
+    monkeypatch.setattr(module, "background_text", lambda: SMALL | {"sentences": ("Else.",)})
+    background(host, encoder, SITES)
+    assert len(list(cache.iterdir())) == 5
+
+
+def test_a_cache_that_cannot_be_written_costs_time_alone(host, encoder, small, cache, monkeypatch, caplog):
+    monkeypatch.setattr(module, "_WORTH_KEEPING_S", 0.0)
+    cache.parent.mkdir()
+    cache.write_text("a file is in the way")
+    with caplog.at_level(logging.WARNING, logger="baft.hosts.background"):
+        made = background(host, encoder, SITES)
+    assert "could not keep the background states" in caplog.text
+    assert made.states[SITES[0]].shape[1] == D_MODEL
+    assert cache.read_text() == "a file is in the way"
+
+
+def test_states_have_the_precision_of_interventions(small):
+    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        model = tiny_host("llama", dtype=dtype)
+        one = Host("tiny", model, tiny_tokenizer(), "tiny")
+        found = background(one, Encoder.for_host(one), SITES)
+        assert {states.dtype for states in found.states.values()} == {expected}
