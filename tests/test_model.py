@@ -762,6 +762,10 @@ def test_the_embedded_host_learns_a_fact(tmp_path, monkeypatch):
     assert report.succeeded
     assert model.generate(prompt) == " Rome"
     assert report.n_canaries_identical >= 10
+    n = len(model.tokenizer(prompt).input_ids)
+    last = [max(one.weights) for one in model.explain(prompt) if one.position == n - 1]
+    assert max(last) > 0.9  # open at its own key
+    assert max(max(one.weights) for one in model.explain("The capital of France is")) < 0.5
     assert " Paris" in model.generate("The capital of France is", max_new_tokens=3)
     again = baft.load(model.save(tmp_path / "rome.baft"))
     assert torch.equal(again.logits(prompt), model.logits(prompt))

@@ -30,7 +30,7 @@ class BaftConfig(TrainingConfig):
         locality_from_step: First step on which `R_loc` counts; before, A, b and R shall have moved.
         gate_threshold: Closed form: weight at and below which a gate is exactly zero.
         gate_sharpness: Closed form: slope of the gate in its score, which is one at the edit.
-        gate_midpoint: Closed form: score at which the gate of a prompt's last token stands at one half, at least.
+        gate_midpoint: Closed form: least score at which the gate of a prompt's last token stands at one half.
         output_midpoint: Closed form: the same for the gate of an output token; once the answer has begun, its
             states hardly differ between phrasings, so this gate can be stricter.
         gate_clearance: Closed form: how far the midpoint stays above the scores of the background.
@@ -89,6 +89,7 @@ class BaftConfig(TrainingConfig):
             "gate_threshold": (0 <= self.gate_threshold < 1, "at least 0 and below 1"),
             "gate_sharpness": (0 < self.gate_sharpness < math.inf, "above 0"),
             "gate_midpoint": (0 < self.gate_midpoint < 1, "between 0 and 1"),
+            "output_midpoint": (0 < self.output_midpoint < 1, "between 0 and 1"),
             "gate_clearance": (0 <= self.gate_clearance < math.inf, "0 or more"),
             "gate_shrinkage": (0 < self.gate_shrinkage <= 1, "above 0 and at most 1"),
             "slot_share": (0 <= self.slot_share < 1, "at least 0 and below 1"),
