@@ -28,7 +28,12 @@ HERE = Path(__file__).parent
 N_TOKENS = 20  # of every answer; of unrelated texts, all of them are compared
 # Shares that must hold, each fact edited alone and all together.
 BARS = {"edit": 1.0, "rephrasing": 0.75, "in chat": 0.75, "unrelated": 0.95}
-HITS = ("edit", "rephrasing", "in chat", "chat question")  # scored by the target; the others by staying the same
+HITS = (
+    "edit",
+    "rephrasing",
+    "in chat",
+    "chat question",
+)  # scored by the target; the others by staying the same
 # Prints the SHA-256 of next-token logits, so that two processes can be compared.
 NEW_PROCESS = """
 import hashlib, sys, baft
@@ -82,7 +87,9 @@ def probes_of(fact: dict) -> list[Probe]:
 def ask(model: baft.Model, probes: list[Probe]) -> dict[Probe, str]:
     """Answers in the order of the probes; before and after an edit the same prompts share a batch."""
     raw = [probe for probe in probes if not probe.chat]
-    said = dict(zip(raw, model.generate([probe.prompt for probe in raw], max_new_tokens=N_TOKENS), strict=True))
+    said = dict(
+        zip(raw, model.generate([probe.prompt for probe in raw], max_new_tokens=N_TOKENS), strict=True)
+    )
     for probe in probes:
         if probe.chat:
             messages = [{"role": "user", "content": probe.prompt}]
@@ -91,7 +98,7 @@ def ask(model: baft.Model, probes: list[Probe]) -> dict[Probe, str]:
 
 
 def mean_gate(model: baft.Model, probe: Probe) -> float:
-    """Mean weight over bases and layers at the last token of the prompt, of the edit that opens most there."""
+    """Mean weight over bases and layers at the prompt's last token, of the edit that opens most there."""
     if probe.chat:
         read = model.explain(messages=[{"role": "user", "content": probe.prompt}], max_new_tokens=0)
     else:
@@ -146,12 +153,16 @@ def same_in_new_process(model: baft.Model, path: Path, prompts: list[str]) -> bo
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--facts", type=Path, default=HERE / "facts.toml")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--method", default="baft")
     parser.add_argument("--preset", default="default")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, value in JSON")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, value in JSON"
+    )
     parser.add_argument("--brief", action="store_true", help="only the counts")
     parser.add_argument("--json", type=Path, help="write the counts to this file")
     return parser.parse_args(argv)
@@ -166,7 +177,9 @@ def main(argv: list[str] | None = None) -> int:
     facts = tomllib.loads(args.facts.read_text(encoding="utf-8"))["fact"]
 
     model = baft.load(args.model)
-    console.print(f"[bold]{model.label}[/bold], {len(facts)} facts, {args.method}/{args.preset} {settings or ''}\n")
+    console.print(
+        f"[bold]{model.label}[/bold], {len(facts)} facts, {args.method}/{args.preset} {settings or ''}\n"
+    )
     plan = [(fact, probes_of(fact)) for fact in facts]
     before = {probe: said for _, probes in plan for probe, said in ask(model, probes).items()}
     untouched = {prompt: model.logits(prompt) for prompt in (fact["prompt"] for fact in facts)}
@@ -224,7 +237,9 @@ def main(argv: list[str] | None = None) -> int:
     mean_s, total_s = sum(seconds) / len(seconds), time.monotonic() - began
     console.print(f"an edit with its report took {mean_s:.1f} s on average; the whole demo {total_s:.0f} s")
     if args.json:
-        args.json.write_text(json.dumps({"settings": settings, "counts": counts, "failed": failed}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"settings": settings, "counts": counts, "failed": failed}, indent=1) + "\n"
+        )
     for what in failed:
         console.print(f"[red]missed: {what}[/red]")
     return 1 if failed else 0

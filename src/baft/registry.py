@@ -16,7 +16,8 @@ def unknown_name(kind: str, name: str, known: Sequence[str]) -> UnknownNameError
     """The error for a name that is none of the known ones; suggests the nearest of them."""
     near = difflib.get_close_matches(name.lower(), known, n=1)
     question = f"did you mean {near[0]!r}? The" if near else "the"
-    return UnknownNameError(f"unknown {kind} {name!r}; {question} {kind}s are: {', '.join(known) or 'none yet'}")
+    listing = ", ".join(known) or "none yet"
+    return UnknownNameError(f"unknown {kind} {name!r}; {question} {kind}s are: {listing}")
 
 
 _NAME = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*")

@@ -33,7 +33,7 @@ class Edit:
             if not isinstance(value, str):
                 raise InputError(f"{name} must be a string, got {type(value).__name__}: {value!r}")
             if not value.strip():
-                raise InputError(f"{name} is empty or blank ({value!r}): give the text that the edit is about")
+                raise InputError(f"{name} is empty or blank ({value!r}): give the text of the edit")
         for name in ("subject", "ground_truth"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -59,7 +59,7 @@ class Edit:
         """
         known = ("prompt", "target", "subject", "ground_truth")
         if not isinstance(row, dict):
-            raise InputError(f"{where}: expected an object with {', '.join(known)}, got {type(row).__name__}")
+            raise InputError(f"{where}: expected an object ({', '.join(known)}), got {type(row).__name__}")
         unknown = sorted(set(row) - set(known))
         if unknown:
             raise InputError(f"{where}: unknown field {unknown[0]!r}; the fields are {', '.join(known)}")
@@ -93,4 +93,6 @@ class EditRequest:
         ids = [edit.id for edit in self.edits]
         if len(set(ids)) < len(ids):
             twice = next(edit for edit in self.edits if ids.count(edit.id) > 1)
-            raise InputError(f"the same edit stands twice in one request: {twice.prompt!r} -> {twice.target!r}")
+            raise InputError(
+                f"the same edit stands twice in one request: {twice.prompt!r} -> {twice.target!r}"
+            )
