@@ -35,8 +35,8 @@ def test_the_names_are_these_and_no_others():
         found = getattr(baft, name)
         assert found.__name__ == name
         assert found.__doc__
-    with pytest.raises(AttributeError, match="module 'baft' has no attribute 'laod'"):
-        baft.laod  # noqa: B018
+    with pytest.raises(AttributeError, match="module 'baft' has no attribute 'unload'"):
+        baft.unload  # noqa: B018
 
 
 def test_a_model_has_these_and_no_others():

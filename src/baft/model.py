@@ -293,7 +293,7 @@ class Model:
         if self._editor is None or not self.edits:
             return ()
         [row] = self._speaker.rows(prompt, messages)
-        [reply] = self._replies([row], max_new_tokens)
+        reply = self._replies([row], max_new_tokens)[0] if max_new_tokens else []
         ids = [*row, *reply]
         readings = self._editor.explain(ids, len(row))
         return tuple(self._token_gates(reading, ids, len(row)) for reading in readings)

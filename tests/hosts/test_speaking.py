@@ -96,6 +96,8 @@ def test_what_rules_a_reply(speaker, edited, monkeypatch):
     assert (seen[1]["max_new_tokens"], seen[1]["do_sample"]) == (64 - len(row), True)
     with pytest.raises(InputError, match="is 64 tokens long and fills this host's context of 64: shorten it"):
         speaker.replies(edited, [tuple(range(64))], 1)
+    with pytest.raises(InputError, match="at least one token, got max_new_tokens=0"):
+        speaker.replies(edited, [row], 0)
 
 
 def test_text(speaker):

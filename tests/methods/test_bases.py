@@ -212,3 +212,23 @@ def test_a_part_of_a_saved_set_is_a_set(host):
         assert again.keys() == part.keys()
         assert all(torch.equal(again[name], part[name]) for name in part)
         assert fresh.edited.is_enabled == bool(kept)
+
+
+def test_an_undo_that_breaks_off_changes_nothing(host, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    editor = BaftEditor(host, replace(DEFAULT, **FEW))
+    for edit in (TOWER, KING, PARIS):
+        editor.apply(EditRequest((edit,)))
+    before, in_force = editor.state_dict(), dict(editor.edited.interventions)
+    monkeypatch.setattr("baft.methods.bases.concatenate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        editor.undo()
+    monkeypatch.undo()
+    after = editor.state_dict()
+    assert len(editor.requests) == 3
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert dict(editor.edited.interventions) == in_force
+    assert [request.edits for request in editor.undo(2)] == [(PARIS,), (KING,)]
+    assert {name.split(".")[0] for name in editor.state_dict()} == {TOWER.id}

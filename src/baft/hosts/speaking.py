@@ -55,8 +55,10 @@ class Speaker:
         A reply ends where the host's context does.
 
         Raises:
-            InputError: If a row leaves no room for a reply.
+            InputError: If no reply is asked for, or a row leaves no room for one.
         """
+        if max_new_tokens < 1:
+            raise InputError(f"a reply has at least one token, got max_new_tokens={max_new_tokens}")
         longest, limit = max(len(row) for row in rows), self.encoder.max_tokens
         if limit is not None:
             if longest >= limit:
