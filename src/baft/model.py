@@ -392,15 +392,16 @@ class Model:
             chosen = config.from_dict(
                 type(chosen), {**config.to_dict(chosen), **settings}, where=f"{method}/{preset}"
             )
-        if self._editor is None or not self.edits:
-            return kind(self._host, chosen, seed=seed)
-        if not isinstance(self._editor, kind) or self._editor.config != chosen or self._editor.seed != seed:
+        editor = self._editor
+        if editor and type(editor) is kind and editor.config == chosen and editor.seed == seed:
+            return editor
+        if editor and self.edits:
             raise ConfigError(
-                f"the edits in force were made by {self._editor.name}/{self._preset} with seed "
-                f"{self._editor.seed}, and {method}/{preset} with seed {seed} and the settings given does "
-                "not go with them: undo them, use the same, or load a second model"
+                f"the edits in force were made by {editor.name}/{self._preset} with seed {editor.seed}, "
+                f"and {method}/{preset} with seed {seed} and the settings given does not go with them: "
+                "undo them, use the same, or load a second model"
             )
-        return self._editor
+        return kind(self._host, chosen, seed=seed)
 
     def _report(
         self, request: EditRequest, outcome: EditOutcome, before: Sequence[str], began: float
@@ -411,10 +412,8 @@ class Model:
         broken = [
             edit.prompt for edit, ids in self._asked([one.edit for one in older]) if not self._says(edit, ids)
         ]
-        canaries = fitting(self._speaker.encoder.prompt, background_text()["canaries"])
+        canaries, host = self._canaries
         mine = self._speaker.next_logits(self._edited, canaries)
-        with self.disabled():
-            host = self._speaker.next_logits(self._edited, canaries)
         assert self._editor is not None
         rows = tuple(
             EditRow(edit.id, edit.prompt, edit.target, was, now, decoded, margin, self._gate(edit))
@@ -428,13 +427,20 @@ class Model:
             rows=rows,
             n_steps=outcome.n_steps,
             stopped=outcome.stopped,
-            loss=outcome.losses[-1],
+            loss=outcome.losses[-1] if outcome.losses else None,
             seconds_s=time.monotonic() - began,
             n_canaries=len(canaries),
             n_canaries_identical=int((mine == host).all(-1).sum()),
             n_canaries_same_token=int((mine.argmax(-1) == host.argmax(-1)).sum()),
             broken=tuple(broken),
         )
+
+    @cached_property
+    def _canaries(self) -> tuple[list[tuple[int, ...]], Float[Tensor, "row vocab"]]:
+        """Unrelated prompts, and the host's logits after each."""
+        rows = fitting(self._speaker.encoder.prompt, background_text()["canaries"])
+        with self.disabled():
+            return rows, self._speaker.next_logits(self._edited, rows)
 
     def _gate(self, edit: Edit) -> float:
         """Largest weight over layers and bases, averaged over the edited tokens of an edit's own text."""

@@ -43,7 +43,7 @@ class EditReport:
         rows: One for each edit.
         n_steps: Optimizer steps.
         stopped: Why training stopped.
-        loss: Last value of the loss, in nats.
+        loss: Last value of the loss, in nats; None for a method that minimizes none.
         seconds_s: Wall time, report included.
         n_canaries: Unrelated prompts that were watched.
         n_canaries_identical: How many of them have next-token logits that are bit for bit the host's.
@@ -56,7 +56,7 @@ class EditReport:
     rows: tuple[EditRow, ...]
     n_steps: int
     stopped: str
-    loss: float
+    loss: float | None
     seconds_s: float
     n_canaries: int
     n_canaries_identical: int
@@ -81,9 +81,10 @@ class EditReport:
         ]
         lines = [table(header, cells), ""]
         plural = "s" if len(self.rows) > 1 else ""
+        loss = "" if self.loss is None else f", loss {self.loss:.3f}"
         lines.append(
-            f"{len(self.rows)} edit{plural} by {self.method}/{self.preset}: {self.n_steps} steps, loss "
-            f"{self.loss:.3f}, stopped at {self.stopped}, {self.seconds_s:.1f} s"
+            f"{len(self.rows)} edit{plural} by {self.method}/{self.preset}: {self.n_steps} steps{loss}, "
+            f"stopped at {self.stopped}, {self.seconds_s:.1f} s"
         )
         lines.append(
             f"of {self.n_canaries} unrelated prompts {self.n_canaries_identical} are bit for bit the host's, "

@@ -178,6 +178,7 @@ def _collect(
             n_prompt_tokens=batch.n_prompt_tokens,
             recording=seen,
             use_cache=False,
+            logits_to_keep=1,
         )
         mask = seen.masks[0]
         place = mask.nonzero()

@@ -156,6 +156,7 @@ class OwnBases(Bases):
     def __init__(self, frame: Frame):
         super().__init__(frame)
         self._by_request: list[Layers] = []  # blocks in the order of the request's edits
+        self._fitted: tuple[Background, Mapping[Site, ClosedFormGates]] | None = None
         self._fused: Mapping[Site, Parts] = {}
 
     def start(
@@ -167,7 +168,7 @@ class OwnBases(Bases):
         owners = [edit.id for edit in request.edits]
         for site in frame.sites:
             keys = edit_keys(states, run.mask, texts, len(owners), site)
-            gate = ClosedFormGates(frame.config, negatives, site, frame.device(site)).gate(keys, frame.dtype)
+            gate = self._gates(negatives)[site].gate(keys, frame.dtype)
             started[site] = frame.identity(site, gate, owners)
         return started
 
@@ -217,6 +218,16 @@ class OwnBases(Bases):
         joined = self._joined(by_request) if by_request else {}
         fused = {site: (part,) for site, part in joined.items()}
         self._by_request, self._fused = by_request, fused  # at once: what breaks off above changes nothing
+
+    def _gates(self, negatives: Background) -> Mapping[Site, ClosedFormGates]:
+        """What makes the gates; kept while the background is the same, for its statistics take a while."""
+        if self._fitted is None or self._fitted[0] is not negatives:
+            frame = self.frame
+            made = {
+                site: ClosedFormGates(frame.config, negatives, site, frame.device(site)) for site in frame.sites
+            }
+            self._fitted = (negatives, made)
+        return self._fitted[1]
 
     def _joined(self, several: Sequence[Layers]) -> Layers:
         return {site: concatenate([layers[site] for layers in several]) for site in self.frame.sites}
