@@ -36,7 +36,7 @@ def test_one_fact_goes_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.real_host
 def test_a_missed_bar_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The control: an edit that cannot be learned in one tiny step fails the demo, and says what it missed."""
+    """The control: an edit that cannot be learned fails the demo, which says what it missed."""
     (tmp_path / "facts.toml").write_text(FACT)
     main = runpy.run_path(str(ROOT / "demo" / "run.py"))["main"]
     hopeless = ["--set", "max_steps=1", "--set", "learning_rate=1e-8"]

@@ -51,7 +51,8 @@ def trained(*, tilt=None):
 
 
 def predictions():
-    return Predictions(torch.zeros(1, 2), {site: normal(6, D_MODEL, seed=i) for i, site in enumerate(SITES)})
+    states = {site: normal(6, D_MODEL, seed=i) for i, site in enumerate(SITES)}
+    return Predictions(torch.zeros(1, 2), states, torch.tensor([0, 0, 0, 0, 1, 1]))
 
 
 def with_loads(bases, *loads):
@@ -89,7 +90,8 @@ def test_the_balance_is_its_formula(host):
     terms = []
     for site, load in zip(SITES, loads, strict=True):
         gate = parts[site].gate
-        m = torch.sigmoid(shown.states[site] / D_MODEL**0.5 @ gate.V[0].T + gate.v[0]).mean(0)
+        w = torch.sigmoid(shown.states[site] / D_MODEL**0.5 @ gate.V[0].T + gate.v[0])
+        m = (w[:4].mean(0) + w[4:].mean(0)) / 2  # two texts weigh the same, whatever their length
         total = [past + float(now.detach()) for past, now in zip(load, m, strict=True)]
         mean = sum(total) / RANK
         terms.append(sum((one - mean) ** 2 for one in total) / RANK / mean**2)

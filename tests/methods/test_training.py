@@ -43,7 +43,9 @@ class Matrix:
     def __call__(self, parts):
         self.n_calls += 1
         h, _ = intervene(parts[SITE], self.states)
-        return Predictions(h @ self.head, {SITE: self.states})
+        return Predictions(
+            h @ self.head, {SITE: self.states}, torch.zeros(len(self.states), dtype=torch.long)
+        )
 
 
 def a_part(gate: Gate | None = None, *, seed=0):

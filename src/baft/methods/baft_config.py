@@ -59,7 +59,7 @@ class BaftConfig(TrainingConfig):
     gate_threshold: float = 0.1
     gate_sharpness: float = 14.0
     gate_midpoint: float = 0.42
-    output_midpoint: float = 0.6
+    output_midpoint: float = 0.45
     gate_clearance: float = 0.22
     gate_shrinkage: float = 0.7
     slot_share: float = 0.5

@@ -224,7 +224,8 @@ class OwnBases(Bases):
         if self._fitted is None or self._fitted[0] is not negatives:
             frame = self.frame
             made = {
-                site: ClosedFormGates(frame.config, negatives, site, frame.device(site)) for site in frame.sites
+                site: ClosedFormGates(frame.config, negatives, site, frame.device(site))
+                for site in frame.sites
             }
             self._fitted = (negatives, made)
         return self._fitted[1]
@@ -279,7 +280,7 @@ class SharedBases(Bases):
             terms = []
             for site, part in trained.items():
                 if config.load_balance:
-                    now = part.gate.soft(predictions.states[site].to(part.R.dtype)).mean(0)
+                    now = _mean_weights(part, site, predictions)
                     times = n_requests if config.balance_form == "running_times_t" else 1
                     balance = load_balance(now, loads.get(site, torch.zeros_like(now)))
                     terms.append(config.load_balance * times * balance)
@@ -298,10 +299,10 @@ class SharedBases(Bases):
         layers = {site: part.frozen() for site, part in trained.items()}
         loads: dict[Site, Tensor] = {}
         if self.frame.config.gate == "logistic":
-            states = run({site: (part,) for site, part in layers.items()}).states
+            seen = run({site: (part,) for site, part in layers.items()})
             past = {} if self._now is None else self._now[1]
             for site, part in layers.items():
-                now = part.gate.soft(states[site].to(part.R.dtype)).mean(0)
+                now = _mean_weights(part, site, seen)
                 before = past.get(site, torch.zeros_like(now))
                 loads[site] = accumulate_load(before, now, self.frame.config.balance_form)
         self._before, self._now = [*self._before, self._now], (layers, loads)
@@ -371,3 +372,11 @@ def _tensors(part: SubspaceIntervention) -> dict[str, Tensor]:
     if isinstance(part.gate, LogisticGate):
         tensors |= {"U": part.gate.U, "c": part.gate.c}
     return tensors
+
+
+def _mean_weights(part: SubspaceIntervention, site: Site, seen: Predictions) -> Float[Tensor, "block rank"]:
+    """`m`: weights before any hard zero, averaged over the edited tokens of each text, then over texts."""
+    w = part.gate.soft(seen.states[site].to(part.R.dtype))
+    rows = seen.state_rows.to(w.device)
+    sums = w.new_zeros(int(rows.max()) + 1, *w.shape[1:]).index_add(0, rows, w)
+    return (sums / rows.bincount()[:, None, None]).mean(0)

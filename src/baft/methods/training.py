@@ -68,10 +68,12 @@ class Predictions:
     Args:
         logits: `[token, vocab]`.
         states: States at the edited tokens of each trained site, before its intervention, `[state, d_model]`.
+        state_rows: Which text each of these states belongs to, `[state]`.
     """
 
     logits: Float[Tensor, "token vocab"]
     states: Mapping[Site, Float[Tensor, "state d_model"]]
+    state_rows: Int[Tensor, " state"]
 
 
 @runtime_checkable
@@ -139,7 +141,7 @@ class FullPass:
         )
         self.mask = seen.masks[0]
         logits = output.logits[self.rows, self._columns]
-        return Predictions(logits, {site: seen.at(site) for site in self.sites})
+        return Predictions(logits, {site: seen.at(site) for site in self.sites}, self.mask.nonzero()[:, 0])
 
     def states(self) -> Mapping[Site, Float[Tensor, "state d_model"]]:
         """States of the unedited host at the edited tokens; `mask` then says which tokens they are."""
