@@ -5,6 +5,7 @@ import json
 import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-import baft
 from baft.config import canonical_hash, from_dict, to_dict
 from baft.errors import BaftError, DamagedArtifactError, SchemaError
 from baft.hosts.identity import HostIdentity
@@ -94,7 +94,7 @@ def encode(edit_set: EditSet) -> dict[str, bytes]:
     files = {EDITS: edits.encode(), STATE: safetensors.torch.save(tensors)}
     config = _Config(
         schema_version=SCHEMA_VERSION,
-        baft_version=baft.__version__,
+        baft_version=_version(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         host=edit_set.host.to_dict(),
         n_edits=len(rows),
@@ -147,7 +147,7 @@ def _config(raw: bytes, where: str) -> _Config:
         age, mend = ("a newer", "upgrade baft") if found > SCHEMA_VERSION else ("an older", "edit anew")
         raise SchemaError(
             f"{where}: written by {age} baft ({row.get('baft_version')}) in format {found}, but this baft "
-            f"({baft.__version__}) reads format {SCHEMA_VERSION}: {mend}, or use the baft that wrote it"
+            f"({_version()}) reads format {SCHEMA_VERSION}: {mend}, or use the baft that wrote it"
         )
     checksum = row.pop("sha256", None)
     try:
@@ -231,3 +231,10 @@ def _pretty(value: Any, line: str = "\n") -> str:
         f"{json.dumps(key, ensure_ascii=False)}: {_pretty(part, line + '  ')}" for key, part in value.items()
     ]
     return "{" + ",".join(f"{line}  {row}" for row in rows) + line + "}"
+
+
+def _version() -> str:
+    try:
+        return version("baft")
+    except PackageNotFoundError:  # run from its sources
+        return "unknown"

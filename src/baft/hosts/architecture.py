@@ -7,7 +7,7 @@ holds for every decoder-only family in transformers (`model.layers`, `transforme
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +19,6 @@ class Site(NamedTuple):
     """Where an intervention acts: the output of decoder block `layer`, counted from 0."""
 
     layer: int
-    component: Literal["block_output"] = "block_output"
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,6 @@ class Capability(StrEnum):
     BATCH = "batch"  # several edits in one optimization
     SEQUENTIAL = "sequential"  # edits on top of edits
     EXACT_UNDO = "exact_undo"  # taking an edit back restores every bit
-    NEEDS_SUBJECT = "needs_subject"
-    CHANGES_WEIGHTS = "changes_weights"
 
 
 @dataclass(frozen=True, slots=True)
