@@ -13,7 +13,8 @@ README, QUICKSTART = ROOT / "README.md", ROOT / "docs" / "quickstart.md"
 
 
 def blocks(document: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(encoding="utf-8"), flags=re.M | re.S)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", document.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return [text for name, text in fenced if name == language]
 
 
 @pytest.mark.real_host

@@ -22,6 +22,10 @@ from baft.types import Edit
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
+try:  # once, for it reads files
+    WRITER = version("baft")
+except PackageNotFoundError:  # run from its sources
+    WRITER = "unknown"
 CONFIG, EDITS, STATE = FILES = ("config.json", "edits.jsonl", "state.safetensors")
 
 _RESERVED = "__metadata__"  # the one name that safetensors keeps for itself; ours gets a sign in front
@@ -94,7 +98,7 @@ def encode(edit_set: EditSet) -> dict[str, bytes]:
     files = {EDITS: edits.encode(), STATE: safetensors.torch.save(tensors)}
     config = _Config(
         schema_version=SCHEMA_VERSION,
-        baft_version=_version(),
+        baft_version=WRITER,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         host=edit_set.host.to_dict(),
         n_edits=len(rows),
@@ -147,7 +151,7 @@ def _config(raw: bytes, where: str) -> _Config:
         age, mend = ("a newer", "upgrade baft") if found > SCHEMA_VERSION else ("an older", "edit anew")
         raise SchemaError(
             f"{where}: written by {age} baft ({row.get('baft_version')}) in format {found}, but this baft "
-            f"({_version()}) reads format {SCHEMA_VERSION}: {mend}, or use the baft that wrote it"
+            f"({WRITER}) reads format {SCHEMA_VERSION}: {mend}, or use the baft that wrote it"
         )
     checksum = row.pop("sha256", None)
     try:
@@ -231,10 +235,3 @@ def _pretty(value: Any, line: str = "\n") -> str:
         f"{json.dumps(key, ensure_ascii=False)}: {_pretty(part, line + '  ')}" for key, part in value.items()
     ]
     return "{" + ",".join(f"{line}  {row}" for row in rows) + line + "}"
-
-
-def _version() -> str:
-    try:
-        return version("baft")
-    except PackageNotFoundError:  # run from its sources
-        return "unknown"
