@@ -59,8 +59,7 @@ class Edit:
         """
         known = ("prompt", "target", "subject", "ground_truth")
         if not isinstance(row, dict):
-            names = ", ".join(known)
-            raise InputError(f"{where}: expected an object with {names}, got {type(row).__name__}")
+            raise InputError(f"{where}: expected an object with {', '.join(known)}, got {type(row).__name__}")
         unknown = sorted(set(row) - set(known))
         if unknown:
             raise InputError(f"{where}: unknown field {unknown[0]!r}; the fields are {', '.join(known)}")
