@@ -27,16 +27,6 @@ PEFT_IS_BEHIND = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:
 OPTIONS = {"max_new_tokens": 5, "do_sample": False}
 
 
-@pytest.fixture
-def host():
-    return shared_host("llama")
-
-
-@pytest.fixture
-def edited(host):
-    return EditedModel(host, some_interventions(host))
-
-
 def counts(*numbers):
     return torch.tensor(numbers)
 

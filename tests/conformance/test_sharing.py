@@ -21,7 +21,6 @@ from tiny import (
     pad_rows,
     positions_of,
     random_ids,
-    shared_host,
     shut_part,
     some_interventions,
     tiny_host,
@@ -29,16 +28,6 @@ from tiny import (
 
 PEFT_IS_BEHIND = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 OPTIONS = {"max_new_tokens": 5, "do_sample": False}
-
-
-@pytest.fixture
-def host():
-    return shared_host("llama")
-
-
-@pytest.fixture
-def edited(host):
-    return EditedModel(host, some_interventions(host))
 
 
 def counts(*numbers):
