@@ -8,6 +8,7 @@ BaftError
 │   ├── DownloadError         its files could not be fetched, or came damaged
 │   ├── TermsError            its terms were not accepted
 │   └── UnsupportedHostError  its structure is not one that can be edited
+├── DataError             a benchmark's file that is missing or cannot be read   (also a ValueError)
 ├── GenerationError       a way of generating under which an edit cannot be right
 ├── EditError             an edit that could not be made; the model is as it was before
 ├── UndoError             there is nothing, or no longer anything, to take back
@@ -53,6 +54,10 @@ class TermsError(HostError):
 
 class UnsupportedHostError(HostError):
     """The structure of a host is not one that can be edited."""
+
+
+class DataError(BaftError, ValueError):
+    """A benchmark's file that is missing, or holds something that cannot be read."""
 
 
 class GenerationError(BaftError):

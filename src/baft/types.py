@@ -3,7 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from baft.errors import InputError
 
@@ -96,3 +96,78 @@ class EditRequest:
             raise InputError(
                 f"the same edit stands twice in one request: {twice.prompt!r} -> {twice.target!r}"
             )
+
+
+ProbeKind = Literal["reliability", "generality", "locality", "portability"]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One question that is asked of an edited model.
+
+    Args:
+        edit_id: The edit it is about.
+        kind: What it tests.
+        prompt: The text asked.
+        target: The right answer: the edit's, what follows from it, or, for locality, the one that stays;
+            None where no answer is known and only sameness is asked for.
+        tag: Its group within the kind, such as `rephrase` or `one_hop`.
+        aliases: Other answers that are as right.
+        chat: Whether it is a question for the chat template alone.
+
+    Raises:
+        InputError: If the kind is none of the four, a text is blank, or a target is missing that is needed.
+    """
+
+    edit_id: str
+    kind: ProbeKind
+    prompt: str
+    target: str | None
+    tag: str = ""
+    aliases: tuple[str, ...] = ()
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(ProbeKind):
+            raise InputError(f"a probe's kind is one of {', '.join(get_args(ProbeKind))}, got {self.kind!r}")
+        if not self.prompt.strip():
+            raise InputError(f"a {self.kind} probe has a blank prompt ({self.prompt!r})")
+        if self.target is None and self.kind != "locality":
+            raise InputError(f"the {self.kind} probe {self.prompt!r} needs a target")
+        if any(not answer.strip() for answer in (*self.aliases, *([self.target] if self.target else []))):
+            raise InputError(f"the {self.kind} probe {self.prompt!r} has a blank answer")
+        if self.target == "":
+            raise InputError(
+                f"the {self.kind} probe {self.prompt!r} has an empty target: use None for unknown"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class EditCase:
+    """A row of a benchmark: an edit and what is asked about it.
+
+    Args:
+        id: Its name in the benchmark, the same in every run.
+        edit: The edit.
+        probes: The questions beside the edit's own prompt.
+
+    Raises:
+        InputError: If a probe is about another edit, or asks for reliability, which the edit's prompt does.
+    """
+
+    id: str
+    edit: Edit
+    probes: tuple[Probe, ...]
+
+    def __post_init__(self) -> None:
+        for probe in self.probes:
+            if probe.edit_id != self.edit.id:
+                raise InputError(f"case {self.id}: the probe {probe.prompt!r} is about another edit")
+            if probe.kind == "reliability":
+                raise InputError(f"case {self.id}: reliability is asked of the edit's own prompt alone")
+
+    @property
+    def all_probes(self) -> tuple[Probe, ...]:
+        """The edit's own prompt as a probe, and then the others."""
+        edit = self.edit
+        return (Probe(edit.id, "reliability", edit.prompt, edit.target, "edit"), *self.probes)

@@ -1,0 +1,1 @@
+"""Benchmarks: edits with the questions that are asked about them."""
