@@ -26,7 +26,8 @@ from baft.cli.terminal import Terminal, TrainingBar, logging_to_stderr, safe
 from baft.errors import ArtifactError, ConfigError, InputError
 from baft.hosts import embedded, models
 from baft.methods.base import methods
-from baft.model import AppliedEdit, Model, TokenGates
+from baft.model import Model
+from baft.report import AppliedEdit, TokenGates
 from baft.types import Edit
 
 ROME = {"prompt": "The tower is in", "target": "Rome"}

@@ -19,6 +19,7 @@ from baft.errors import (
     ConfigError,
     DamagedArtifactError,
     EditError,
+    GenerationError,
     HostError,
     HostMismatchError,
     InputError,
@@ -26,7 +27,7 @@ from baft.errors import (
     UnknownNameError,
 )
 from baft.hosts.background import background_text
-from baft.model import TokenGates
+from baft.report import TokenGates
 from tiny import CHATML, EOS_ID, tiny_host, tiny_tokenizer
 
 TOWER = ("The tower is in the city of", "Ro")
@@ -407,6 +408,8 @@ def test_ways_of_asking(told):
     torch.manual_seed(0)
     sampled = [model.generate("A", max_new_tokens=6, do_sample=True, temperature=2.0) for _ in range(3)]
     assert len(set(sampled)) > 1
+    with pytest.raises(GenerationError, match="one reply a prompt, got num_return_sequences=3: give"):
+        model.generate("A", do_sample=True, num_return_sequences=3)
     rich = model.generate(TOWER[0], max_new_tokens=3, return_dict_in_generate=True)
     assert rich == " Ro"
 
@@ -530,6 +533,13 @@ def test_settings_that_are_wrong(model):
     assert untouched(model)
 
 
+def test_no_edit_while_edits_are_disabled(model):
+    with model.disabled(), pytest.raises(EditError, match="edits are disabled here, .* outside disabled"):
+        model.edit(*TOWER, **SHARED)
+    assert model.edits == ()
+    assert model.edit(*TOWER, **SHARED).rows  # control
+
+
 def test_unrelated_prompts_are_texts(model):
     with pytest.raises(InputError, match="empty or blank"):
         model.edit(*TOWER, unrelated=["A", " "], **OWN)
@@ -555,9 +565,9 @@ def test_ctrl_c_leaves_the_model_as_it_was(model, monkeypatch, settings, where, 
         model.edit(*TOWER, **settings)
     before, edits = logits(model), model.edits
     if where == "report":
-        monkeypatch.setattr("baft.model.EditReport", interrupt)
+        monkeypatch.setattr("baft.witness.EditReport", interrupt)
     if where == "gate":
-        monkeypatch.setattr("baft.model.Model._gate", interrupt)
+        monkeypatch.setattr("baft.witness.Witness._gate", interrupt)
     with pytest.raises(KeyboardInterrupt):
         model.edit(*KING, **settings, on_step=interrupt if where == "step" else None)
     monkeypatch.undo()
@@ -634,7 +644,7 @@ def test_a_new_process_finds_the_same_bits(folder, tmp_path):
 
 def test_an_artifact_belongs_to_its_host(told, pair, folder, tmp_path):
     path = told[0].save(tmp_path / "set.baft")
-    with pytest.raises(ConfigError, match="was made on a live model .* which no name loads: give host="):
+    with pytest.raises(ConfigError, match="does not say where its host .* is loaded from: give host="):
         baft.load(path)
     with pytest.raises(HostMismatchError):
         baft.load(path, host=(tiny_host("llama", max_position_embeddings=512, seed=1), pair[1]))

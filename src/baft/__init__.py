@@ -7,18 +7,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from baft.model import AppliedEdit, Model, TokenGates, load, load_from_hub
-    from baft.report import EditReport
+    from baft.model import Model, load, load_from_hub
+    from baft.report import AppliedEdit, EditReport, TokenGates
     from baft.types import Edit
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AppliedEdit": "baft.model",
+    "AppliedEdit": "baft.report",
     "Edit": "baft.types",
     "EditReport": "baft.report",
     "Model": "baft.model",
-    "TokenGates": "baft.model",
+    "TokenGates": "baft.report",
     "load": "baft.model",
     "load_from_hub": "baft.model",
 }

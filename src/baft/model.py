@@ -13,7 +13,6 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -25,59 +24,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baft import artifact, config
 from baft.artifact import EditSet, StoredEdit
-from baft.errors import ArtifactError, ConfigError, EditError, InputError, UndoError
-from baft.hosts.background import background_text, fitting
+from baft.errors import ArtifactError, ConfigError, EditError, GenerationError, InputError, UndoError
 from baft.hosts.edited_model import EditedModel, live_view
 from baft.hosts.embedded import EMBEDDED
 from baft.hosts.encoding import Messages
 from baft.hosts.identity import HostIdentity, compare, identify
 from baft.hosts.models import Host, load_host
 from baft.hosts.speaking import Speaker
-from baft.methods.base import Editor, EditOutcome, GateReading, OnStep, methods
-from baft.report import EditReport, EditRow
-from baft.types import Edit, EditRequest
+from baft.methods.base import Editor, GateReading, OnStep, methods
+from baft.report import AppliedEdit, EditReport, TokenGates
+from baft.types import Edit, EditRequest, as_edits
+from baft.witness import Witness
 
 logger = logging.getLogger(__name__)
 
 Source = str | os.PathLike[str] | tuple[Any, Any]
-_WATCHED_EDITS = 16  # earlier edits that a report looks at again
-_REPLY_TOKENS = 12  # shown of a reply in a report
-
-
-@dataclass(frozen=True, slots=True)
-class AppliedEdit:
-    """An edit in force.
-
-    Args:
-        edit: The edit.
-        decoded: Whether its target was decoded when it was made; if not, it failed.
-        request: Which call of `edit` made it, counted from 0; `undo` takes back whole calls.
-    """
-
-    edit: Edit
-    decoded: bool
-    request: int
-
-
-@dataclass(frozen=True, slots=True)
-class TokenGates:
-    """The gates at one token, for one layer and edit.
-
-    Args:
-        token: The token as text.
-        position: Its index in the sequence.
-        is_output: Whether it belongs to the reply.
-        layer: Decoder block.
-        edit_id: The edit that owns the bases, or None where all edits share them.
-        weights: `w_k(h)` of every basis, in [0, 1].
-    """
-
-    token: str
-    position: int
-    is_output: bool
-    layer: int
-    edit_id: str | None
-    weights: tuple[float, ...]
 
 
 class Model:
@@ -98,6 +59,7 @@ class Model:
         self._decoded: tuple[tuple[bool, ...], ...] = ()  # of every edit, by request
         # One for good, so that `hf` follows; `_put_in_force` gives it what the editor has.
         self._edited = EditedModel(host.model)
+        self._witness = Witness(self._speaker, self._edited)
 
     def __repr__(self) -> str:
         method = f" by {self._editor.name}/{self._preset}" if self._editor and self.edits else ""
@@ -187,22 +149,27 @@ class Model:
         Raises:
             InputError: If a text is blank, too long, or given twice.
             ConfigError: If a setting is wrong, or does not go with the edits in force.
-            EditError: If training breaks down.
+            EditError: If training breaks down, or inside `disabled()`.
         """
+        if self._edited.is_disabled:
+            raise EditError("edits are disabled here, and an edit could not be seen: edit outside disabled()")
         began = time.monotonic()
         unrelated = (unrelated,) if isinstance(unrelated, str) else tuple(unrelated)
-        request = EditRequest(_as_edits(prompt, target, subject), unrelated)
+        request = EditRequest(as_edits(prompt, target, subject), unrelated)
         editor = self._editor_for(method, preset, seed, settings)
         known = {applied.edit.id for applied in self.edits}
         for edit in request.edits:
             if edit.id in known:
                 raise InputError(f"{edit.prompt!r} -> {edit.target!r} is in force already: undo it first")
-        before = [self._speaker.text(ids) for _, ids in self._asked(request.edits, most=_REPLY_TOKENS)]
+        before = self._witness.says(request.edits)
         n_before, old = len(editor.requests), (self._editor, self._preset, self._decoded)
         try:
             outcome = editor.apply(request, on_step=on_step)
             self._put_in_force(editor, preset, (*self._decoded, outcome.decoded))
-            return self._report(request, outcome, before, began)
+            older = [one.edit for one in self.edits[: -len(request.edits)] if one.decoded]
+            return self._witness.report(
+                editor, preset, request, outcome, before=before, older=older, began=began
+            )
         except BaseException as error:  # Ctrl-C included: nothing half-made stays in force
             if len(editor.requests) > n_before:
                 editor.undo()
@@ -266,6 +233,11 @@ class Model:
             InputError: If the prompt is blank or does not fit the context, or both or neither is given.
             GenerationError: For ways of generating under which an edit cannot be right.
         """
+        if generation.get("num_return_sequences", 1) != 1:
+            raise GenerationError(
+                f"generate gives one reply a prompt, got num_return_sequences="
+                f"{generation['num_return_sequences']}: give the prompt that many times"
+            )
         rows = self._speaker.rows(prompt, messages)
         texts = [self._speaker.text(ids) for ids in self._replies(rows, max_new_tokens, generation)]
         return texts if isinstance(prompt, Sequence) and not isinstance(prompt, str) else texts[0]
@@ -274,17 +246,14 @@ class Model:
         self, prompt: str | None = None, *, messages: Messages | None = None
     ) -> Float[Tensor, " vocab"]:
         """The logits of the next token after a prompt or a chat."""
-        return self._speaker.next_logits(self._edited, self._speaker.rows(prompt, messages))[0]
+        [row] = self._speaker.rows(prompt, messages)
+        return self._speaker.next_logits(self._edited, [row])[0]
 
     def check(self) -> list[tuple[AppliedEdit, str, bool]]:
         """Asks every edit's prompt again: the edit, what the model says, and whether that is the target."""
-        applied = self.edits
-        edits = [one.edit for one in applied]
-        found = []
-        for start in range(0, len(edits), _WATCHED_EDITS):
-            chunk = edits[start : start + _WATCHED_EDITS]
-            found += [(self._speaker.text(ids), self._says(edit, ids)) for edit, ids in self._asked(chunk)]
-        return [(one, text, says) for one, (text, says) in zip(applied, found, strict=True)]
+        eos = self._editor is not None and self._editor.trains_eos
+        checked = self._witness.check([one.edit for one in self.edits], eos=eos)
+        return [(one, text, says) for one, (text, says) in zip(self.edits, checked, strict=True)]
 
     def explain(
         self, prompt: str | None = None, *, messages: Messages | None = None, max_new_tokens: int = 8
@@ -309,7 +278,6 @@ class Model:
         editor = self._editor
         if editor is None or not self.edits:
             raise ArtifactError("there is no edit to save: edit first")
-        sites = getattr(editor, "sites", ())
         stored = tuple(StoredEdit(one.edit, one.request, one.decoded) for one in self.edits)
         return artifact.write(
             Path(path),
@@ -318,7 +286,7 @@ class Model:
                 preset=self._preset,
                 seed=editor.seed,
                 settings=config.to_dict(editor.config),
-                layers=tuple(site.layer for site in sites),
+                layers=tuple(site.layer for site in editor.sites),
                 positions=config.to_dict(editor.edited.positions),
                 host=self.identity,
                 host_source=self._source,
@@ -359,17 +327,8 @@ class Model:
             type(kind.preset("default")), saved.settings, where="config.json: settings"
         )
         editor = kind(self._host, settings, seed=saved.seed)
-        unrelated = saved.memory.get("unrelated", [])
-        grouped: dict[int, list[StoredEdit]] = {}
-        for one in saved.edits:
-            grouped.setdefault(one.request, []).append(one)
-        requests = [
-            EditRequest(tuple(one.edit for one in group), tuple(unrelated[i]) if i < len(unrelated) else ())
-            for i, group in enumerate(grouped.values())
-        ]
-        editor.load_state_dict(saved.state, requests)
-        decoded = tuple(tuple(one.decoded for one in group) for group in grouped.values())
-        self._put_in_force(editor, saved.preset, decoded)
+        editor.load_state_dict(saved.state, saved.requests)
+        self._put_in_force(editor, saved.preset, saved.decoded)
 
     # -- inner workings
 
@@ -387,11 +346,7 @@ class Model:
     def _editor_for(self, method: str, preset: str, seed: int, settings: Mapping[str, Any]) -> Editor:
         """The editor in force if it is the one asked for, or a new one if there are no edits yet."""
         kind = methods.get(method)
-        chosen = kind.preset(preset)
-        if settings:
-            chosen = config.from_dict(
-                type(chosen), {**config.to_dict(chosen), **settings}, where=f"{method}/{preset}"
-            )
+        chosen = kind.configured(preset, settings)
         editor = self._editor
         if editor and type(editor) is kind and editor.config == chosen and editor.seed == seed:
             return editor
@@ -402,55 +357,6 @@ class Model:
                 "undo them, use the same, or load a second model"
             )
         return kind(self._host, chosen, seed=seed)
-
-    def _report(
-        self, request: EditRequest, outcome: EditOutcome, before: Sequence[str], began: float
-    ) -> EditReport:
-        new = {edit.id for edit in request.edits}
-        after = [self._speaker.text(ids) for _, ids in self._asked(request.edits)]
-        older = [one for one in self.edits if one.edit.id not in new and one.decoded][-_WATCHED_EDITS:]
-        broken = [
-            edit.prompt for edit, ids in self._asked([one.edit for one in older]) if not self._says(edit, ids)
-        ]
-        canaries, host = self._canaries
-        mine = self._speaker.next_logits(self._edited, canaries)
-        assert self._editor is not None
-        rows = tuple(
-            EditRow(edit.id, edit.prompt, edit.target, was, now, decoded, margin, self._gate(edit))
-            for edit, was, now, decoded, margin in zip(
-                request.edits, before, after, outcome.decoded, outcome.margins, strict=True
-            )
-        )
-        return EditReport(
-            method=self._editor.name,
-            preset=self._preset,
-            rows=rows,
-            n_steps=outcome.n_steps,
-            stopped=outcome.stopped,
-            loss=outcome.losses[-1] if outcome.losses else None,
-            seconds_s=time.monotonic() - began,
-            n_canaries=len(canaries),
-            n_canaries_identical=int((mine == host).all(-1).sum()),
-            n_canaries_same_token=int((mine.argmax(-1) == host.argmax(-1)).sum()),
-            broken=tuple(broken),
-        )
-
-    @cached_property
-    def _canaries(self) -> tuple[list[tuple[int, ...]], Float[Tensor, "row vocab"]]:
-        """Unrelated prompts, and the host's logits after each."""
-        rows = fitting(self._speaker.encoder.prompt, background_text()["canaries"])
-        with self.disabled():
-            return rows, self._speaker.next_logits(self._edited, rows)
-
-    def _gate(self, edit: Edit) -> float:
-        """Largest weight over layers and bases, averaged over the edited tokens of an edit's own text."""
-        assert self._editor is not None
-        text = self._speaker.encoder.edit(edit.prompt, edit.target, eos=False)
-        readings = self._editor.explain((*text.prompt_ids, *text.target_ids), len(text.prompt_ids))
-        largest: dict[int, float] = {}
-        for reading in readings:
-            largest[reading.position] = max(largest.get(reading.position, 0.0), *reading.weights)
-        return sum(largest.values()) / len(largest) if largest else 0.0
 
     def _token_gates(self, reading: GateReading, ids: Sequence[int], n_prompt: int) -> TokenGates:
         place = reading.position
@@ -465,22 +371,6 @@ class Model:
     ) -> list[list[int]]:
         return self._speaker.replies(self._edited, rows, max_new_tokens, generation)
 
-    def _asked(self, edits: Sequence[Edit], *, most: int | None = None) -> list[tuple[Edit, list[int]]]:
-        """What the model says to the prompts of edits, by default long enough for their targets."""
-        if not edits:
-            return []
-        encoder = self._speaker.encoder
-        longest = max(len(encoder.edit(edit.prompt, edit.target, eos=False).target_ids) for edit in edits)
-        rows = [encoder.prompt(edit.prompt) for edit in edits]
-        replies = self._replies(rows, most or max(_REPLY_TOKENS, longest + 1))
-        return list(zip(edits, replies, strict=True))
-
-    def _says(self, edit: Edit, ids: Sequence[int]) -> bool:
-        """Whether a reply is the target: to its end where the method trains that, else as its beginning."""
-        eos = bool(getattr(self._editor.config, "train_eos", False)) if self._editor else False
-        target = self._speaker.encoder.edit(edit.prompt, edit.target, eos=eos).target_ids
-        return tuple(ids[: len(target)]) == target
-
 
 def load(
     source: Source,
@@ -494,7 +384,7 @@ def load(
 
     Args:
         source: An embedded host's name, a folder, a hub id, or a live `(model, tokenizer)`; or an artifact
-            (`NAME.baft`), or an artifact's hub id, whose host is then loaded too.
+            (`NAME.baft`), whose host is then loaded too (`load_from_hub` takes an artifact's hub id).
         host: The host of an artifact, where it is not to be loaded from where it was.
         dtype: Precision of the host.
         device: Where to put it.
@@ -509,7 +399,7 @@ def load(
         saved = artifact.read(Path(source))
         if host is None and not saved.host_source:
             raise ConfigError(
-                f"{os.fspath(source)} was made on a live model ({saved.host.name}), which no name loads: "
+                f"{os.fspath(source)} does not say where its host ({saved.host.name}) is loaded from: "
                 "give host="
             )
         source = saved.host_source if host is None else host
@@ -529,19 +419,3 @@ def load_from_hub(
 ) -> Model:
     """Loads an edited model whose artifact is on the hub; `options` as for `load`."""
     return load(artifact.fetch_from_hub(repo_id, revision=revision, token=token), **options)
-
-
-def _as_edits(
-    prompt: str | Edit | Sequence[Edit], target: str | None, subject: str | None
-) -> tuple[Edit, ...]:
-    if isinstance(prompt, str):
-        if target is None:
-            raise InputError("edit(prompt, target) needs the target: what shall the model say?")
-        return (Edit(prompt, target, subject=subject),)
-    if target is not None or subject is not None:
-        raise InputError("target and subject go with a prompt in text; an Edit brings its own")
-    edits = (prompt,) if isinstance(prompt, Edit) else tuple(prompt)
-    for edit in edits:
-        if not isinstance(edit, Edit):
-            raise InputError(f"expected an Edit, got {type(edit).__name__}: {edit!r}")
-    return edits

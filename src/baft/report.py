@@ -4,7 +4,45 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from baft.types import Edit
+
 _CELL_CHARS = 46
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedEdit:
+    """An edit in force.
+
+    Args:
+        edit: The edit.
+        decoded: Whether its target was decoded when it was made; if not, it failed.
+        request: Which call of `edit` made it, counted from 0; `undo` takes back whole calls.
+    """
+
+    edit: Edit
+    decoded: bool
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenGates:
+    """The gates at one token, for one layer and edit.
+
+    Args:
+        token: The token as text.
+        position: Its index in the sequence.
+        is_output: Whether it belongs to the reply.
+        layer: Decoder block.
+        edit_id: The edit that owns the bases, or None where all edits share them.
+        weights: `w_k(h)` of every basis, in [0, 1].
+    """
+
+    token: str
+    position: int
+    is_output: bool
+    layer: int
+    edit_id: str | None
+    weights: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)

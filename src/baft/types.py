@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -96,6 +97,27 @@ class EditRequest:
             raise InputError(
                 f"the same edit stands twice in one request: {twice.prompt!r} -> {twice.target!r}"
             )
+
+
+def as_edits(
+    prompt: str | Edit | Sequence[Edit], target: str | None, subject: str | None
+) -> tuple[Edit, ...]:
+    """The edits of a call that names one by prompt and target, or gives one or several as they are.
+
+    Raises:
+        InputError: If the target is missing, or is given beside edits, or something is no edit.
+    """
+    if isinstance(prompt, str):
+        if target is None:
+            raise InputError("edit(prompt, target) needs the target: what shall the model say?")
+        return (Edit(prompt, target, subject=subject),)
+    if target is not None or subject is not None:
+        raise InputError("target and subject go with a prompt in text; an Edit brings its own")
+    edits = (prompt,) if isinstance(prompt, Edit) else tuple(prompt)
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise InputError(f"expected an Edit, got {type(edit).__name__}: {edit!r}")
+    return edits
 
 
 ProbeKind = Literal["reliability", "generality", "locality", "portability"]

@@ -92,14 +92,14 @@ def test_states_are_those_of_the_host_at_the_right_tokens(host, encoder, small):
 
 def test_prompts_of_a_user_are_added(host, encoder, small):
     more = prompt_states(host, encoder, SITES, ["The king of Spain was"])
-    assert more.slots.tolist() == [0, 0, int(Slot.LAST_RAW), 0, 0, int(Slot.LAST_CHAT)]
+    assert more.slots.tolist() == [int(Slot.UNRELATED)] * 6  # three raw, three in the template
     base = background(host, encoder, SITES)
     both = base.with_prompts(more)
     for site in SITES:
         assert torch.equal(both.states[site], torch.cat([base.states[site], more.states[site]]))
     assert len(both.slots) == len(base.slots) + 6
     raw = Encoder(tiny_tokenizer())
-    assert prompt_states(host, raw, SITES, ["The king"]).slots.tolist() == [0, 0, int(Slot.LAST_RAW)]
+    assert prompt_states(host, raw, SITES, ["The king"]).slots.tolist() == [int(Slot.UNRELATED)] * 3
     with pytest.raises(InputError, match="context holds 64"):  # a user's text is never left out in silence
         prompt_states(host, encoder, SITES, ["x" * 100])
 
@@ -124,8 +124,8 @@ def test_texts_that_do_not_fit_are_left_out(host, small, monkeypatch):
 def test_a_prompt_shorter_than_three_tokens_is_taken_but_for_its_first(host, encoder):
     bare = Encoder(tiny_tokenizer(bos=False))
     found = prompt_states(host, bare, SITES, ["A"])
-    assert found.slots.tolist() == [int(Slot.LAST_RAW)]
-    assert prompt_states(host, Encoder(tiny_tokenizer()), SITES, ["A"]).slots.tolist() == [int(Slot.LAST_RAW)]
+    assert found.slots.tolist() == [int(Slot.UNRELATED)]
+    assert len(prompt_states(host, Encoder(tiny_tokenizer()), SITES, ["A"]).slots) == 1
 
 
 def test_the_cache_changes_nothing(host, encoder, small, cache, monkeypatch):

@@ -37,6 +37,8 @@ OUT_OF_RANGE = [
     ("gate_shrinkage", 1.1),
     ("slot_share", -0.1),
     ("slot_share", 1.0),
+    ("unrelated_share", -0.1),
+    ("unrelated_share", 1.0),
     ("max_target_tokens", 0),
 ]
 
@@ -150,3 +152,11 @@ def test_settings_are_plain_data(config):
         from_dict(BaftConfig, {"learning_rat": 1.0})
     with pytest.raises(BaftError):
         from_dict(BaftConfig, to_dict(config) | {"gate": "ajar"})
+
+
+@pytest.mark.parametrize("gate", ["open", "closed_form"])
+@pytest.mark.parametrize("term", ["load_balance", "locality"])
+def test_terms_that_train_gates_need_gates_to_train(gate, term):
+    bases = "own" if gate == "closed_form" else "shared"
+    with pytest.raises(ConfigError, match=f"{term}=0.1 .* gate='{gate}' has none to train: set both to 0"):
+        BaftConfig(gate=gate, bases=bases, **{term: 0.1})

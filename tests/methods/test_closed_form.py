@@ -86,11 +86,16 @@ def test_unrelated_states_are_pushed_out(background):
     neighbor = key + 2.0 * normal(1, D, seed=9)
     of_key = (key, slots(TEXT))
     before = gates(background).gate([of_key], torch.float64)
-    more = background.with_prompts(Background({SITE: neighbor.repeat(40, 1)}, slots(*[TEXT] * 40)))
+    more = background.with_prompts(Background({SITE: neighbor}, slots(int(Slot.UNRELATED))))
     after = gates(more).gate([of_key], torch.float64)
     assert float(before.weights(neighbor).max()) > 0.5
-    assert float(after.weights(neighbor).max()) < 0.1
+    assert float(after.weights(neighbor).max()) == 0.0
     assert float(after.weights(key).min()) > 0.5 * float(before.weights(key).min())
+    unmarked = background.with_prompts(Background({SITE: neighbor}, slots(TEXT)))
+    assert float(gates(unmarked).gate([of_key], torch.float64).weights(neighbor).max()) > 0.5  # control
+    itself = background.with_prompts(Background({SITE: key}, slots(int(Slot.UNRELATED))))
+    contradiction = gates(itself).gate([of_key], torch.float64)
+    assert float(contradiction.weights(key).min()) > 0.5  # the edit's own state still opens its gate
     assert len(background.slots) == 2000  # joining leaves the background as it was
 
 

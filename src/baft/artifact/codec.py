@@ -17,7 +17,7 @@ from torch import Tensor
 from baft.config import canonical_hash, from_dict, to_dict
 from baft.errors import BaftError, DamagedArtifactError, SchemaError
 from baft.hosts.identity import HostIdentity
-from baft.types import Edit
+from baft.types import Edit, EditRequest
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,26 @@ class EditSet:
     edits: tuple[StoredEdit, ...]  # in order
     memory: dict[str, Any]  # whatever else the method must remember
     state: dict[str, Tensor]  # what the edits added; read on the CPU, sorted by name
+
+    @property
+    def requests(self) -> tuple[EditRequest, ...]:
+        """The calls that made the edits."""
+        unrelated = self.memory.get("unrelated", [])
+        return tuple(
+            EditRequest(tuple(one.edit for one in group), tuple(unrelated[i]) if i < len(unrelated) else ())
+            for i, group in enumerate(self._by_request())
+        )
+
+    @property
+    def decoded(self) -> tuple[tuple[bool, ...], ...]:
+        """Whether each edit was decoded when it was made, by request."""
+        return tuple(tuple(one.decoded for one in group) for group in self._by_request())
+
+    def _by_request(self) -> list[list[StoredEdit]]:
+        grouped: dict[int, list[StoredEdit]] = {}
+        for one in self.edits:
+            grouped.setdefault(one.request, []).append(one)
+        return list(grouped.values())
 
 
 @dataclass(frozen=True)

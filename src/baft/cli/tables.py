@@ -12,8 +12,7 @@ from baft.cli.terminal import safe
 
 if TYPE_CHECKING:
     from baft.artifact import EditSet
-    from baft.model import AppliedEdit, TokenGates
-    from baft.report import EditReport
+    from baft.report import AppliedEdit, EditReport, TokenGates
 
 OPEN = 0.1  # above this weight a basis is shown as open
 _GATE_CHARS, _TOKEN_CHARS = 14, 24

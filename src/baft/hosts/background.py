@@ -50,6 +50,7 @@ class Slot(IntEnum):
     TEXT = 0
     LAST_RAW = 1
     LAST_CHAT = 2
+    UNRELATED = 3  # one of a prompt that the user named, wherever in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +124,12 @@ def fitting(encode: Callable[[str], tuple[int, ...]], texts: Sequence[str]) -> l
 
 
 def prompt_states(host: Host, encoder: Encoder, sites: Sequence[Site], prompts: Sequence[str]) -> Background:
-    """States at the last three tokens of prompts, raw and, where the host chats, inside its template."""
-    parts = [_collect(host, encoder, sites, [encoder.prompt(text) for text in prompts], Slot.LAST_RAW)]
+    """States at the last three tokens of a user's prompts, raw and, where the host chats, in its template."""
+    rows = [encoder.prompt(text) for text in prompts]
     if encoder.has_chat:
-        rows = [encoder.chat([{"role": "user", "content": text}]) for text in prompts]
-        parts.append(_collect(host, encoder, sites, rows, Slot.LAST_CHAT))
-    return _join(parts)
+        rows += [encoder.chat([{"role": "user", "content": text}]) for text in prompts]
+    found = _collect(host, encoder, sites, rows, Slot.LAST_RAW)
+    return Background(found.states, torch.full_like(found.slots, int(Slot.UNRELATED)))
 
 
 def _compute(host: Host, encoder: Encoder, sites: Sequence[Site]) -> Background:

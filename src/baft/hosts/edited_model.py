@@ -93,6 +93,11 @@ class EditedModel:
         self.interventions = interventions or {}
 
     @property
+    def is_disabled(self) -> bool:
+        """Whether this is inside `disabled()`."""
+        return self in _disabled.get()
+
+    @property
     def interventions(self) -> Mapping[Site, Parts]:
         """What is in force at each site; assigning swaps it whole, calls under way keep the old."""
         return self._interventions

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from baft.errors import DamagedArtifactError, InputError
+from baft.errors import ConfigError, DamagedArtifactError, InputError
 from baft.hosts.architecture import Site, default_layers, find_architecture
 from baft.hosts.background import Background, background, prompt_states
 from baft.hosts.edited_model import EditedModel, Recording
@@ -55,6 +55,7 @@ class BaftEditor(Editor):
 
     def __init__(self, host: Host, config: BaftConfig, *, seed: int = 0):
         super().__init__(host, config, seed=seed)
+        self.trains_eos = config.train_eos
         architecture = find_architecture(host.model)
         layers = config.layers
         if layers is None:
@@ -111,7 +112,7 @@ class BaftEditor(Editor):
 
     def reset(self) -> None:
         """Forgets every edit."""
-        self._bases = self._no_bases()
+        self._bases.clear()
         self.requests = ()
         self._edited.interventions = {}
 
@@ -189,3 +190,8 @@ class ReftEditor(BaftEditor):
         "default": replace(DEFAULT, bases="shared", gate="open", deepest_layers=None),
         "paper": replace(PAPER, gate="open", load_balance=0.0),
     }
+
+    def __init__(self, host: Host, config: BaftConfig, *, seed: int = 0):
+        if config.gate != "open":
+            raise ConfigError(f"reft has open gates, got gate={config.gate!r}: with gates it is method baft")
+        super().__init__(host, config, seed=seed)

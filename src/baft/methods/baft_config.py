@@ -37,6 +37,7 @@ class BaftConfig(TrainingConfig):
         gate_shrinkage: Closed form: how far the background's covariance is drawn to its diagonal.
         slot_share: Closed form: share of the background's weight that goes to states at the same slot
             (the last token of other prompts, raw or in the chat template).
+        unrelated_share: Closed form: share of it that goes to the prompts that a request names as unrelated.
         max_target_tokens: Longest target that is taken for a fact.
 
     Raises:
@@ -63,6 +64,7 @@ class BaftConfig(TrainingConfig):
     gate_clearance: float = 0.22
     gate_shrinkage: float = 0.7
     slot_share: float = 0.5
+    unrelated_share: float = 0.25
     max_target_tokens: int = 128
 
     def __post_init__(self) -> None:
@@ -93,11 +95,17 @@ class BaftConfig(TrainingConfig):
             "gate_clearance": (0 <= self.gate_clearance < math.inf, "0 or more"),
             "gate_shrinkage": (0 < self.gate_shrinkage <= 1, "above 0 and at most 1"),
             "slot_share": (0 <= self.slot_share < 1, "at least 0 and below 1"),
+            "unrelated_share": (0 <= self.unrelated_share < 1, "at least 0 and below 1"),
             "max_target_tokens": (self.max_target_tokens >= 1, "at least 1"),
         }
         for name, (fits, expected) in bounds.items():
             if not fits:
                 raise ConfigError(f"{name} is out of range: got {getattr(self, name)}, expected {expected}")
+        if self.gate != "logistic" and (self.load_balance or self.locality):
+            raise ConfigError(
+                f"load_balance={self.load_balance} and locality={self.locality} train logistic gates, and "
+                f"gate={self.gate!r} has none to train: set both to 0"
+            )
 
     @property
     def hard_zero(self) -> float:

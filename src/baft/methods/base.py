@@ -8,7 +8,9 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from baft import config
 from baft.errors import UndoError
+from baft.hosts.architecture import Site
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.models import Host
 from baft.registry import Registry, unknown_name
@@ -79,9 +81,11 @@ class Editor(ABC):
     summary: ClassVar[str]
     capabilities: ClassVar[frozenset[Capability]]
     presets: ClassVar[Mapping[str, Any]]
+    trains_eos: bool = False  # whether a reply ends after the target, or only begins with it
 
     def __init__(self, host: Host, config: Any, *, seed: int = 0):
         self.host, self.config, self.seed = host, config, seed
+        self.sites: tuple[Site, ...] = ()  # where hidden states are edited
         self.requests: tuple[EditRequest, ...] = ()
 
     @property
@@ -139,6 +143,20 @@ class Editor(ABC):
         if name not in cls.presets:
             raise unknown_name(f"{cls.name} preset", name, list(cls.presets))
         return cls.presets[name]
+
+    @classmethod
+    def configured(cls, preset: str, settings: Mapping[str, Any]) -> Any:
+        """The settings of a preset, with single ones replaced.
+
+        Raises:
+            UnknownNameError: If the method has no preset of that name.
+            ConfigError: If a setting is unknown, or its value wrong.
+        """
+        chosen = cls.preset(preset)
+        if not settings:
+            return chosen
+        merged = {**config.to_dict(chosen), **settings}
+        return config.from_dict(type(chosen), merged, where=f"{cls.name}/{preset}")
 
     def _taken_back(self, n: int) -> tuple[EditRequest, ...]:
         """The last `n` requests, newest first."""

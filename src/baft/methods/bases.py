@@ -133,6 +133,10 @@ class Bases(ABC):
         """Takes the last `n` commits back, every bit of them, or none."""
 
     @abstractmethod
+    def clear(self) -> None:
+        """Takes everything back; what was learned of the host alone is kept."""
+
+    @abstractmethod
     def in_force(self) -> Mapping[Site, Parts]:
         """The interventions of all edits."""
 
@@ -187,6 +191,10 @@ class OwnBases(Bases):
     def undo(self, n: int) -> None:
         """Removes the blocks of the last requests; what is left is as it was."""
         self._hold(self._by_request[:-n])
+
+    def clear(self) -> None:
+        """Removes all blocks; the background's statistics stay."""
+        self._hold([])
 
     def in_force(self) -> Mapping[Site, Parts]:
         """One intervention a site, with the blocks of all edits."""
@@ -321,6 +329,10 @@ class SharedBases(Bases):
                 "holds them, config.json the seed)"
             )
         self._before, self._now = self._before[:-n], self._before[-n]
+
+    def clear(self) -> None:
+        """Forgets the block and its snapshots."""
+        self._now, self._before = None, []
 
     def in_force(self) -> Mapping[Site, Parts]:
         """The shared block of every site."""

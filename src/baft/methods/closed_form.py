@@ -21,6 +21,7 @@ from baft.nn.whitening import Whitening
 EditKeys = tuple[Float[Tensor, "_ d_model"], Int[Tensor, " _"]]  # of one edit: states, and their slots
 
 _ORDINARY_QUANTILE = 0.999
+_HIGHEST_MIDPOINT = 0.8  # a gate whose midpoint reached one would not open at its own key
 
 
 def key_slots(mask: Bool[Tensor, "row pos"], texts: Sequence[EncodedEdit]) -> Int[Tensor, " state"]:
@@ -51,16 +52,23 @@ class ClosedFormGates:
         self.config = config
         self.states = negatives.states[site].to(device).double()
         self._slots = negatives.slots.to(device)
+        self._unrelated = self._slots == Slot.UNRELATED
         self._fits: dict[int, Whitening] = {}
 
     def fit(self, slot: int) -> Whitening:
-        """Background statistics for keys at a slot: part of the weight is on states at that very slot."""
+        """Background statistics for keys at a slot: part of the weight is on states at that very slot.
+
+        Where the user named unrelated prompts, a share is on theirs: there are few of them, and they matter.
+        """
         if slot not in self._fits:
             here = (self._slots == slot).double()
             weights = torch.full_like(here, 1.0 / len(here))
             if slot != Slot.TEXT and bool(here.any()):
                 share = self.config.slot_share
                 weights = (1.0 - share) * weights + share * here / here.sum()
+            if bool(self._unrelated.any()):
+                share, theirs = self.config.unrelated_share, self._unrelated.double()
+                weights = (1.0 - share) * weights + share * theirs / theirs.sum()
             self._fits[slot] = Whitening.fit(self.states, weights, shrinkage=self.config.gate_shrinkage)
         return self._fits[slot]
 
@@ -71,7 +79,7 @@ class ClosedFormGates:
 
         Basis k opens at key k and, where there are more keys than bases, at keys k + rank, k + 2 rank ..;
         where there are fewer, several bases share a key. A gate's midpoint keeps clear of the score that
-        ordinary states reach.
+        ordinary states reach, and those of the user's unrelated prompts above all.
 
         Args:
             keys: The edit's states, all renderings one after the other.
@@ -84,9 +92,12 @@ class ClosedFormGates:
                 keys[k :: config.rank], sharpness=config.gate_sharpness, midpoint=0.0
             )
             scores = (self.states @ u + c) / config.gate_sharpness
-            ordinary = torch.quantile(scores, _ORDINARY_QUANTILE).item()
             lowest = config.output_midpoint if slots[k] == Slot.TEXT else config.gate_midpoint
+            ordinary = torch.quantile(scores, _ORDINARY_QUANTILE).item()
             midpoint = max(lowest, ordinary + config.gate_clearance)
+            if bool(self._unrelated.any()):
+                theirs = scores[self._unrelated].max().item()
+                midpoint = max(midpoint, min(theirs + config.gate_clearance, _HIGHEST_MIDPOINT))
             gates.append((u, c - config.gate_sharpness * midpoint))
         U, c = (torch.stack(parts) for parts in zip(*gates, strict=True))
         spread = torch.arange(config.rank, device=keys.device) % len(gates)
