@@ -121,7 +121,7 @@ def test_locality_waits_for_its_step(host):
     assert total == pytest.approx(balance + expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("changes", [{"load_balance": 0.0}, {"gate": "open"}])
+@pytest.mark.parametrize("changes", [{"load_balance": 0.0}, {"load_balance": 0.0, "gate": "open"}])
 def test_where_nothing_is_penalized(host, changes):
     assert shared(host, **changes).penalty(trained(), None, 1) is None
     assert shared(host).penalty(trained(), None, 1) is not None  # control

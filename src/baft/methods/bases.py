@@ -280,7 +280,7 @@ class SharedBases(Bases):
     def penalty(self, trained: Layers, negatives: Background | None, n_requests: int) -> Penalty | None:
         """`lambda_bal R_bal + lambda_loc R_loc`, each the mean over layers."""
         config = self.frame.config
-        if config.gate == "open" or not (config.load_balance or config.locality):
+        if not (config.load_balance or config.locality):
             return None
         loads = {} if self._now is None else self._now[1]
 

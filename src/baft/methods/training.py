@@ -46,7 +46,7 @@ class TrainingConfig:
     schedule: Literal["constant", "linear"] = "linear"
     max_steps: int = 30
     stop_loss: float | None = None
-    stop_margin: float | None = 1.0
+    stop_margin: float | None = 4.0
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "gate_learning_rate"):

@@ -1,0 +1,1 @@
+"""Evaluation: what edited models are asked, how it is scored, kept and reported."""

@@ -1,0 +1,195 @@
+"""An experiment: one TOML file that says what is run, and the tasks that it comes to."""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from baft.config import from_dict, read_toml
+from baft.data.base import Benchmark, benchmarks
+from baft.errors import ConfigError
+from baft.types import EditCase
+
+Scorer = Literal["teacher_forced", "generate", "generate_chat"]
+Stage = Literal["immediate", "final"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSpec:
+    """Which cases.
+
+    Args:
+        name: A registered benchmark.
+        split: One of its splits; None takes its first.
+        limit: How many cases; None takes all.
+        seed: Draws the cases from the split; None takes them in the order of the file.
+        file: For `jsonl`: the file.
+    """
+
+    name: str
+    split: str | None = None
+    limit: int | None = None
+    seed: int | None = None
+    file: str | None = None
+
+    def load(self, data: Path | None) -> Benchmark:
+        """The benchmark, whose files are looked for in `data`."""
+        return benchmarks.get(self.name)(Path(self.file).expanduser() if self.file else data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSpec:
+    """Which method.
+
+    Args:
+        name: A registered method.
+        preset: One of its presets.
+        settings: Single settings in place of the preset's.
+        label: What the tables call it; None makes one of name and preset.
+    """
+
+    name: str
+    preset: str = "default"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    label: str | None = None
+
+    @property
+    def called(self) -> str:
+        """Its name in tables and records."""
+        return self.label or (self.name if self.preset == "default" else f"{self.name}/{self.preset}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtocolSpec:
+    """How edits follow each other.
+
+    Args:
+        kind: `single`: each edit on the untouched host. `batched`: `size` edits in one optimization.
+            `sequential`: `size` edits one after another on one model, each scored right after it was made
+            and again after the last. After each chunk the host is untouched again.
+        size: Edits in a chunk; the last chunk of a benchmark may be smaller.
+
+    Raises:
+        ConfigError: If the size is not positive, or given for `single`.
+    """
+
+    kind: Literal["single", "batched", "sequential"]
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ConfigError(f"a protocol's size is at least 1, got {self.size}")
+        if self.kind == "single" and self.size != 1:
+            raise ConfigError(
+                f"single edits come one at a time, got size={self.size}: use batched or sequential"
+            )
+
+    @property
+    def called(self) -> str:
+        """Its name in tables and records, such as `sequential(100)`."""
+        return self.kind if self.kind == "single" else f"{self.kind}({self.size})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What is run: every method on every benchmark by every protocol with every seed.
+
+    Args:
+        name: Names the record.
+        benchmarks: The cases.
+        methods: The methods. The unedited host needs none: it is scored beside every case.
+        protocols: How edits follow each other.
+        model: The host.
+        dtype: Its precision; None takes its own.
+        seeds: Of the methods; but for 0, they also draw the order in which a chunk's edits are made.
+        scorers: What is asked. Teacher-forced predictions also carry the locality scores on logits.
+        max_new_tokens: Length limit of replies to short targets.
+        batch_size: Rows that the host is asked at once; part of what floating point rounds.
+        texts: How many held-out texts of 100 tokens are scanned for changes after each chunk of edits (their
+            source is `general/wikitext-2-test.txt` in the data folder).
+
+    Raises:
+        ConfigError: If something is missing or stands twice.
+    """
+
+    name: str
+    benchmarks: tuple[BenchmarkSpec, ...]
+    methods: tuple[MethodSpec, ...]
+    protocols: tuple[ProtocolSpec, ...] = (ProtocolSpec(kind="single"),)
+    model: str = "smollm2"
+    dtype: str | None = None
+    seeds: tuple[int, ...] = (0,)
+    scorers: tuple[Scorer, ...] = ("teacher_forced", "generate", "generate_chat")
+    max_new_tokens: int = 16
+    batch_size: int = 16
+    texts: int = 0
+
+    def __post_init__(self) -> None:
+        named = {
+            "benchmarks": [(one.name, one.split) for one in self.benchmarks],
+            "methods": [one.called for one in self.methods],
+            "protocols": [one.called for one in self.protocols],
+            "seeds": list(self.seeds),
+            "scorers": list(self.scorers),
+        }
+        for name, found in named.items():
+            if not found:
+                raise ConfigError(f"experiment {self.name!r} has no {name}: give at least one")
+            twice = next((one for one in found if found.count(one) > 1), None)
+            if twice is not None:
+                raise ConfigError(f"experiment {self.name!r}: {twice!r} stands twice among the {name}")
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.texts < 0:
+            raise ConfigError(f"texts must be 0 or more, got {self.texts}")
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Reads an experiment file.
+
+    Raises:
+        ConfigError: If it cannot be read, or something in it is unknown, missing or wrong.
+    """
+    return from_dict(Experiment, {"name": path.stem, **read_toml(path)}, where=str(path))
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A chunk of cases under one protocol and seed, for every method in turn.
+
+    Args:
+        id: Its name in the record.
+        benchmark: The benchmark with its split, as `facts/report`.
+        protocol: The protocol.
+        seed: The seed.
+        chunk: The number of the chunk.
+        cases: The cases, in the order in which they are edited.
+    """
+
+    id: str
+    benchmark: str
+    protocol: ProtocolSpec
+    seed: int
+    chunk: int
+    cases: tuple[EditCase, ...]
+
+
+def tasks_of(experiment: Experiment, cases: Mapping[str, Sequence[EditCase]]) -> Iterator[Task]:
+    """All tasks, in the order in which they are run and recorded.
+
+    Args:
+        experiment: The experiment.
+        cases: By benchmark with its split.
+    """
+    for benchmark, found in cases.items():
+        for protocol in experiment.protocols:
+            for seed in experiment.seeds:
+                ordered = list(found)
+                if seed and protocol.kind != "single":
+                    random.Random(seed).shuffle(ordered)
+                for chunk, start in enumerate(range(0, len(ordered), protocol.size)):
+                    name = f"{benchmark}:{protocol.called}:seed{seed}:{chunk}"
+                    here = tuple(ordered[start : start + protocol.size])
+                    yield Task(name, benchmark, protocol, seed, chunk, here)

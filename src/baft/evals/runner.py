@@ -1,0 +1,325 @@
+"""Running an experiment: edits are made, every probe is asked before and after, and a row a case is kept."""
+
+import importlib.metadata
+import logging
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from baft import config
+from baft.data.base import Benchmark
+from baft.errors import DataError, EditError, InputError
+from baft.evals.asking import Asker, Observation
+from baft.evals.experiment import Experiment, MethodSpec, Stage, Task, tasks_of
+from baft.evals.records import Record, Row
+from baft.evals.scoring import measure
+from baft.evals.texts import false_fires
+from baft.hosts.edited_model import EditedModel
+from baft.hosts.identity import identify
+from baft.hosts.models import Host, load_host
+from baft.methods.base import Editor, EditOutcome, methods
+from baft.types import EditCase, EditRequest, Probe
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT = "general/wikitext-2-test.txt"
+_TEXT_WORDS = 80  # a paragraph this long has 100 tokens
+_PACKAGES = ("baft", "torch", "transformers", "tokenizers", "numpy", "peft")
+
+OnBlock = Callable[[int, int, str], None]  # blocks done, blocks in all, the one that was done
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What was asked of the untouched host about one case."""
+
+    probes: tuple[Probe, ...]
+    seen: tuple[Observation, ...]
+
+
+class Bench:
+    """Runs the tasks of one experiment on one host.
+
+    Args:
+        experiment: What is run.
+        data: The folder of the public files; None where no benchmark needs one.
+        host: The host; None loads the experiment's.
+
+    Raises:
+        ConfigError: If a benchmark, a method, a preset or a setting is not known.
+        DataError: If a file is missing or malformed.
+    """
+
+    def __init__(self, experiment: Experiment, *, data: Path | None = None, host: Host | None = None):
+        self.experiment, self.data = experiment, data
+        self.settings = {
+            spec.called: methods.get(spec.name).configured(spec.preset, spec.settings)
+            for spec in experiment.methods
+        }
+        self.benchmarks: dict[str, Benchmark] = {}
+        self.cases: dict[str, tuple[EditCase, ...]] = {}
+        for spec in experiment.benchmarks:
+            benchmark = spec.load(data)
+            split = benchmark.splits[0] if spec.split is None else spec.split
+            name = f"{benchmark.name}/{split}"
+            self.benchmarks[name] = benchmark
+            self.cases[name] = benchmark.cases(split, limit=spec.limit, seed=spec.seed)
+        self.tasks = tuple(tasks_of(experiment, self.cases))
+        self._texts = held_out_texts(data, experiment.texts)
+        self.host = load_host(experiment.model, dtype=experiment.dtype) if host is None else host
+        self._asker = Asker(
+            self.host,
+            batch_size=experiment.batch_size,
+            max_new_tokens=experiment.max_new_tokens,
+            chat="generate_chat" in experiment.scorers,
+        )
+        self._editors: dict[tuple[str, int], Editor] = {}
+        self._before: tuple[str, dict[str, _Asked]] = ("", {})
+
+    @property
+    def blocks(self) -> list[tuple[Task, MethodSpec]]:
+        """What there is to do: every method on every task, in order."""
+        return [(task, method) for task in self.tasks for method in self.experiment.methods]
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """All that a row depends on, and where and when it was made."""
+        identity = identify(self.host)
+        return {
+            "experiment": config.to_dict(self.experiment),
+            "settings": {name: config.to_dict(found) for name, found in self.settings.items()},
+            "host": {
+                "label": self.host.label,
+                "weights": identity.weights_hash,
+                "config": identity.config_hash,
+                "tokenizer": identity.tokenizer_hash,
+                "dtype": identity.dtype,
+            },
+            "benchmarks": {
+                name: {
+                    "fingerprint": benchmark.fingerprint(name.partition("/")[2]),
+                    "anomalies": dict(benchmark.anomalies(name.partition("/")[2])),
+                    "n_cases": len(self.cases[name]),
+                }
+                for name, benchmark in self.benchmarks.items()
+            },
+            "versions": _versions(),
+            "git": _git_revision(),
+            "machine": {
+                "system": platform.platform(),
+                "processor": _processor(),
+                "cores": os.cpu_count(),
+                "threads": torch.get_num_threads(),
+                "device": str(self.host.model.device),
+            },
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def run(self, folder: Path, *, on_block: OnBlock | None = None) -> Record:
+        """Runs whatever the record in `folder` does not hold yet.
+
+        Raises:
+            ConfigError: If the folder holds a record of something else.
+            DataError: If the disk refuses.
+        """
+        record = Record(folder, self.manifest)
+        blocks = self.blocks
+        left = [(task, method) for task, method in blocks if (task.id, method.called) not in record.done]
+        for n, (task, method) in enumerate(left, start=len(blocks) - len(left) + 1):
+            record.append(self.block(task, method))
+            if on_block:
+                on_block(n, len(blocks), f"{method.called} on {task.id}")
+        return record
+
+    def block(self, task: Task, method: MethodSpec) -> list[Row]:
+        """The rows of one method on one task: one a case and stage."""
+        editor = self._editor(method, task.seed)
+        editor.reset()
+        before = self._asked(task)
+        rows: list[Row] = []
+
+        def score(case: EditCase, stage: Stage, position: int, made: "_Made") -> None:
+            asked = before[case.id]
+            after = self._asker.observe(
+                editor.edited, asked.probes, frozenset(self.experiment.scorers), before=asked.seen
+            )
+            found = zip(asked.probes, asked.seen, after, strict=True)
+            rows.append(
+                {
+                    "task": task.id,
+                    "method": method.called,
+                    "benchmark": task.benchmark,
+                    "protocol": task.protocol.called,
+                    "seed": task.seed,
+                    "chunk": task.chunk,
+                    "stage": stage,
+                    "position": position,
+                    "case": case.id,
+                    "edit": case.edit.to_dict(),
+                    **made.as_row(case),
+                    "probes": [
+                        _probe_row(case, *found)
+                        for found in zip(asked.probes, asked.seen, after, strict=True)
+                    ],
+                }
+            )
+
+        if task.protocol.kind == "sequential":
+            made: list[_Made] = []
+            for position, case in enumerate(task.cases):
+                made.append(_make(editor, [case]))
+                score(case, "immediate", position, made[-1])
+            for position, case in enumerate(task.cases):
+                score(case, "final", position, made[position])
+        else:
+            together = _make(editor, task.cases)
+            for position, case in enumerate(task.cases):
+                score(case, "immediate", position, together)
+        if self._texts:
+            fires = false_fires(self.host, editor.edited, self._texts)
+            rows[-1]["false_fires"] = {"n_changed": fires.n_changed, "n_tokens": fires.n_tokens}
+        editor.reset()
+        return rows
+
+    def _editor(self, method: MethodSpec, seed: int) -> Editor:
+        key = (method.called, seed)
+        if key not in self._editors:
+            kind = methods.get(method.name)
+            self._editors[key] = kind(self.host, self.settings[method.called], seed=seed)
+        return self._editors[key]
+
+    def _asked(self, task: Task) -> Mapping[str, _Asked]:
+        """The untouched host on the cases of a task; kept until another chunk of cases comes."""
+        key = task.id.partition(":")[0] + "|" + "|".join(case.id for case in task.cases)
+        if self._before[0] != key:
+            untouched, found = EditedModel(self.host.model), {}
+            for case in task.cases:
+                probes = case.all_probes
+                seen = self._asker.observe(untouched, probes, frozenset(self.experiment.scorers))
+                found[case.id] = _Asked(probes, tuple(seen))
+            self._before = (key, found)
+        return self._before[1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """How making an edit, or a batch of them, went."""
+
+    ids: tuple[str, ...]
+    outcome: EditOutcome | None
+    error: str | None
+    seconds_s: float
+
+    def as_row(self, case: EditCase) -> Row:
+        """What of it belongs into the row of a case."""
+        if self.outcome is None:
+            return {"decoded": False, "error": self.error, "n_steps": 0, "seconds_s": self.seconds_s}
+        place = self.ids.index(case.edit.id)
+        return {
+            "decoded": self.outcome.decoded[place],
+            "error": None,
+            "n_steps": self.outcome.n_steps,
+            "seconds_s": self.seconds_s / len(self.ids),
+        }
+
+
+def _make(editor: Editor, cases: Sequence[EditCase]) -> _Made:
+    """Makes edits; one that cannot be made is noted, and scored like any other on the model as it stands."""
+    edits = tuple(case.edit for case in cases)
+    ids = tuple(edit.id for edit in edits)
+    began = time.perf_counter()
+    try:
+        outcome = editor.apply(EditRequest(edits))
+    except (EditError, InputError) as error:
+        return _Made(ids, None, f"{type(error).__name__}: {error}", time.perf_counter() - began)
+    return _Made(ids, outcome, None, time.perf_counter() - began)
+
+
+def _probe_row(case: EditCase, probe: Probe, before: Observation, after: Observation) -> Row:
+    """What is kept of a probe: what was asked and said, the scores, and the unedited host's on the same."""
+    row: Row = {
+        "kind": probe.kind,
+        "tag": probe.tag,
+        "prompt": probe.prompt,
+        "target": probe.target,
+        "scores": measure(probe, case.edit.target, before, after),
+        "unedited": measure(probe, case.edit.target, before, before),
+    }
+    if after.skipped is not None:
+        row["skipped"] = after.skipped
+    for name, was, now in (("raw", before.raw, after.raw), ("chat", before.chat, after.chat)):
+        if was is not None and now is not None:
+            row[name] = [was.text, now.text]
+    if before.target_logprob is not None and after.target_logprob is not None:
+        row["logprob"] = [before.target_logprob, after.target_logprob]
+    return row
+
+
+def held_out_texts(data: Path | None, n: int) -> tuple[str, ...]:
+    """The first `n` long paragraphs of the held-out text that no method sees.
+
+    Raises:
+        DataError: If the file is not there, or does not hold so many.
+    """
+    if not n:
+        return ()
+    path = None if data is None else data / HELD_OUT
+    if path is None or not path.is_file():
+        raise DataError(
+            f"texts={n} asks for held-out text, and {path or HELD_OUT} is not there: name the data folder "
+            "(--data or BAFT_DATA), or set texts = 0"
+        )
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = [line.strip() for line in lines if len(line.split()) >= _TEXT_WORDS][:n]
+    if len(found) < n:
+        raise DataError(
+            f"{path} has {len(found)} paragraphs of {_TEXT_WORDS} words, got texts={n}: ask for fewer"
+        )
+    return tuple(found)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"python": platform.python_version(), **found}
+
+
+def _git_revision() -> str | None:
+    """The commit of the code that runs, marked where it was changed since; None outside a checkout."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,117 @@
+"""Experiment files, and the tasks they come to."""
+
+import pytest
+
+from baft.errors import ConfigError
+from baft.evals.experiment import (
+    BenchmarkSpec,
+    Experiment,
+    MethodSpec,
+    ProtocolSpec,
+    read_experiment,
+    tasks_of,
+)
+from baft.types import Edit, EditCase
+
+WHOLE = """
+seeds = [0, 3]
+scorers = ["generate"]
+[[benchmarks]]
+name = "facts"
+limit = 5
+[[methods]]
+name = "baft"
+[[methods]]
+name = "baft"
+preset = "paper"
+settings = { max_steps = 3 }
+[[protocols]]
+kind = "single"
+[[protocols]]
+kind = "sequential"
+size = 2
+"""
+
+
+def cases(n):
+    return [EditCase(f"toy/{i}", Edit(f"The king of {i} is", "Al"), ()) for i in range(n)]
+
+
+def experiment(**changes):
+    given = {"benchmarks": (BenchmarkSpec(name="toy"),), "methods": (MethodSpec(name="baft"),)}
+    return Experiment(name="x", **{**given, **changes})
+
+
+def test_a_file_is_read(tmp_path):
+    path = tmp_path / "quick.toml"
+    path.write_text(WHOLE)
+    found = read_experiment(path)
+    assert (found.name, found.model, found.seeds, found.scorers) == (
+        "quick",
+        "smollm2",
+        (0, 3),
+        ("generate",),
+    )
+    assert found.benchmarks == (BenchmarkSpec(name="facts", limit=5),)
+    assert [one.called for one in found.methods] == ["baft", "baft/paper"]
+    assert found.methods[1].settings == {"max_steps": 3}
+    assert [one.called for one in found.protocols] == ["single", "sequential(2)"]
+    path.write_text('name = "other"\n' + WHOLE)
+    assert read_experiment(path).name == "other"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"generate"', '"generated"', r"quick.toml: scorers\[0\].*'generated'"),
+        ("limit = 5", "limits = 5", "limits"),
+        ("limit = 5", 'limit = "5"', "limit"),
+        ('kind = "single"', 'kind = "single"\nsize = 2', "single edits come one at a time, got size=2"),
+        ("size = 2", "size = 0", "size is at least 1, got 0"),
+        ('preset = "paper"', "", "'baft' stands twice among the methods"),
+        ("seeds = [0, 3]", "seeds = []", "has no seeds: give at least one"),
+        ("seeds = [0, 3]", "texts = -1", "texts must be 0 or more, got -1"),
+        ("seeds = [0, 3]", "batch_size = 0", "batch_size must be at least 1, got 0"),
+        ("seeds = [0, 3]", "seeds = [0, 3", "not valid TOML"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(tmp_path, old, new, message):
+    path = tmp_path / "quick.toml"
+    assert old in WHOLE
+    path.write_text(WHOLE.replace(old, new))
+    with pytest.raises(ConfigError, match=message):
+        read_experiment(path)
+
+
+def test_labels_tell_methods_apart():
+    twice = (MethodSpec(name="baft"), MethodSpec(name="baft", settings={"rank": 4}, label="rank 4"))
+    assert [one.called for one in experiment(methods=twice).methods] == ["baft", "rank 4"]
+
+
+def test_tasks_cover_every_case_once_in_each_protocol():
+    protocols = (
+        ProtocolSpec(kind="single"),
+        ProtocolSpec(kind="batched", size=3),
+        ProtocolSpec(kind="sequential", size=4),
+    )
+    found = list(tasks_of(experiment(protocols=protocols), {"toy/all": cases(7)}))
+    assert len({task.id for task in found}) == len(found) == 7 + 3 + 2
+    for protocol, sizes in (("single", [1] * 7), ("batched(3)", [3, 3, 1]), ("sequential(4)", [4, 3])):
+        mine = [task for task in found if task.protocol.called == protocol]
+        assert [len(task.cases) for task in mine] == sizes
+        assert [case.id for task in mine for case in task.cases] == [case.id for case in cases(7)]
+
+
+def test_a_seed_draws_the_order_of_edits_that_meet():
+    protocols = (ProtocolSpec(kind="single"), ProtocolSpec(kind="sequential", size=9))
+    found = list(tasks_of(experiment(protocols=protocols, seeds=(0, 1, 2)), {"toy/all": cases(9)}))
+    orders = [tuple(case.id for case in task.cases) for task in found if task.protocol.kind == "sequential"]
+    assert len(set(orders)) == 3
+    assert orders[0] == tuple(case.id for case in cases(9))
+    assert {tuple(sorted(order)) for order in orders} == {tuple(sorted(orders[0]))}
+    again = list(tasks_of(experiment(protocols=protocols, seeds=(0, 1, 2)), {"toy/all": cases(9)}))
+    assert again == found
+    singles = [
+        [task.cases[0].id for task in found if task.id.startswith(f"toy/all:single:seed{s}")] for s in (0, 2)
+    ]
+    assert singles[0] == singles[1]
