@@ -11,7 +11,7 @@ from baft.data.base import Benchmark, benchmarks
 from baft.errors import ConfigError
 from baft.types import EditCase
 
-Scorer = Literal["teacher_forced", "generate", "generate_chat"]
+Scorer = Literal["teacher_forced", "generate", "generate_chat", "gates"]
 Stage = Literal["immediate", "final"]
 
 
@@ -103,7 +103,8 @@ class Experiment:
         model: The host.
         dtype: Its precision; None takes its own.
         seeds: Of the methods; but for 0, they also draw the order in which a chunk's edits are made.
-        scorers: What is asked. Teacher-forced predictions also carry the locality scores on logits.
+        scorers: What is asked. Teacher-forced predictions also carry the locality scores on logits; `gates`
+            reads how far the gates open at the last token of each prompt.
         max_new_tokens: Length limit of replies to short targets.
         batch_size: Rows that the host is asked at once; part of what floating point rounds.
         texts: How many held-out texts of 100 tokens are scanned for changes after each chunk of edits (their
@@ -120,7 +121,7 @@ class Experiment:
     model: str = "smollm2"
     dtype: str | None = None
     seeds: tuple[int, ...] = (0,)
-    scorers: tuple[Scorer, ...] = ("teacher_forced", "generate", "generate_chat")
+    scorers: tuple[Scorer, ...] = ("teacher_forced", "generate", "generate_chat", "gates")
     max_new_tokens: int = 16
     batch_size: int = 16
     texts: int = 0

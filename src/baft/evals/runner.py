@@ -82,6 +82,7 @@ class Bench:
             max_new_tokens=experiment.max_new_tokens,
             chat="generate_chat" in experiment.scorers,
         )
+        self._wanted = frozenset(experiment.scorers) - {"gates"}
         self._editors: dict[tuple[str, int], Editor] = {}
         self._before: tuple[str, dict[str, _Asked]] = ("", {})
 
@@ -149,9 +150,7 @@ class Bench:
 
         def score(case: EditCase, stage: Stage, position: int, made: "_Made") -> None:
             asked = before[case.id]
-            after = self._asker.observe(
-                editor.edited, asked.probes, frozenset(self.experiment.scorers), before=asked.seen
-            )
+            after = self._asker.observe(editor.edited, asked.probes, self._wanted, before=asked.seen)
             found = zip(asked.probes, asked.seen, after, strict=True)
             rows.append(
                 {
@@ -197,6 +196,27 @@ class Bench:
             self._editors[key] = kind(self.host, self.settings[method.called], seed=seed)
         return self._editors[key]
 
+    def _gate(self, editor: Editor, probe: Probe) -> Row:
+        """How far the gates open at the last token of a prompt: the mean over layers and bases of one edit,
+        of the edit that opens most.
+        """
+        if "gates" not in self.experiment.scorers:
+            return {}
+        encoder = self._asker.speaker.encoder
+        try:
+            ids = (
+                encoder.chat([{"role": "user", "content": probe.prompt}])
+                if probe.chat
+                else encoder.prompt(probe.prompt)
+            )
+        except (InputError, ConfigError):  # too long, or there is no chat: the probe was skipped
+            return {}
+        weights: dict[str | None, list[float]] = {}
+        for reading in editor.explain(ids, len(ids)):
+            if reading.position == len(ids) - 1:
+                weights.setdefault(reading.edit_id, []).extend(reading.weights)
+        return {"gate": max(sum(found) / len(found) for found in weights.values())} if weights else {}
+
     def _asked(self, task: Task) -> Mapping[str, _Asked]:
         """The untouched host on the cases of a task; kept until another chunk of cases comes."""
         key = task.id.partition(":")[0] + "|" + "|".join(case.id for case in task.cases)
@@ -204,7 +224,7 @@ class Bench:
             untouched, found = EditedModel(self.host.model), {}
             for case in task.cases:
                 probes = case.all_probes
-                seen = self._asker.observe(untouched, probes, frozenset(self.experiment.scorers))
+                seen = self._asker.observe(untouched, probes, self._wanted)
                 found[case.id] = _Asked(probes, tuple(seen))
             self._before = (key, found)
         return self._before[1]

@@ -1,0 +1,141 @@
+"""The commands that score methods: running an experiment, reporting it, comparing two methods."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from baft.cli.options import Json, Quiet
+from baft.cli.tables import count, table
+from baft.cli.terminal import Terminal
+from baft.errors import ConfigError
+
+DEFAULT_EXPERIMENT = "facts"
+
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", envvar="BAFT_DATA", metavar="FOLDER", help="Where the files of public benchmarks lie."
+    ),
+]
+Folders = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that `baft bench` wrote.")]
+
+
+def bench(
+    experiment: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[FILE]", help="What to run, in TOML. [default: baft on the project's own facts]"
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="RUN", help="Where to keep it. [default: runs/NAME]")
+    ] = None,
+    data: Data = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", "-n", min=1, help="No more cases than this of each benchmark.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run an experiment, or go on with one that was cut off, and report it.
+
+    Every case is a row in RUN/rows.jsonl as soon as it is scored; the same command picks up where it was
+    stopped. The report is written to RUN/report.md and RUN/report.html.
+    """
+    from dataclasses import replace
+
+    from baft.evals.experiment import BenchmarkSpec, Experiment, MethodSpec, read_experiment
+    from baft.evals.report import summary_rows, write_report
+    from baft.evals.runner import Bench
+
+    terminal = Terminal(as_json=as_json, quiet=quiet)
+    if experiment is None:
+        found = Experiment(
+            name=DEFAULT_EXPERIMENT,
+            benchmarks=(BenchmarkSpec(name="facts"),),
+            methods=(MethodSpec(name="baft"),),
+        )
+    else:
+        found = read_experiment(experiment)
+    if limit is not None:
+        fewer = tuple(replace(one, limit=min(limit, one.limit or limit)) for one in found.benchmarks)
+        found = replace(found, benchmarks=fewer)
+    folder = out or Path("runs") / found.name
+    with terminal.waiting(f"loading {found.model}"):
+        ready = Bench(found, data=data)
+    with terminal.counting("blocks", len(ready.blocks)) as counted:
+        ready.run(folder, on_block=counted)
+    written = write_report([folder], folder)
+    header, rows = summary_rows([folder])
+    said = f"kept in {folder}; the report: {', '.join(str(path) for path in written)}"
+    terminal.result({"run": str(folder), "scores": _as_dicts(header, rows)}, table(header, rows), said)
+
+
+def report(
+    runs: Folders,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="[default: the first RUN]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the report of one or several runs: Markdown, and one self-contained HTML page."""
+    from baft.evals.report import summary_rows, write_report
+
+    written = write_report(runs, out or runs[0])
+    header, rows = summary_rows(runs)
+    data = {"written": [str(path) for path in written], "scores": _as_dicts(header, rows)}
+    Terminal(as_json=as_json).result(data, table(header, rows), *(str(path) for path in written))
+
+
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="A run, or RUN:METHOD.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another, scored on the same cases.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two methods case by case: the differences A - B, with intervals.
+
+    A run that holds one method needs only its folder.
+    """
+    from baft.evals.report import comparison_rows
+
+    header, rows = comparison_rows(_side(first), _side(second))
+    Terminal(as_json=as_json).result(_as_dicts(header, rows), table(header, rows))
+
+
+def list_benchmarks(as_json: Json = False) -> None:
+    """List the benchmarks, their splits and where they come from."""
+    from baft.data.base import benchmarks
+
+    data: list[dict[str, Any]] = []
+    for name in benchmarks.names():
+        try:
+            kind = benchmarks.get(name)
+        except ConfigError as error:  # of another package: no reason to hide the others
+            data.append({"name": name, "summary": str(error), "source": "", "splits": []})
+            continue
+        data.append(
+            {"name": name, "summary": kind.summary, "source": kind.source, "splits": list(kind.splits)}
+        )
+    rows = [(one["name"], one["summary"], "\n".join(one["splits"]), one["source"]) for one in data]
+    Terminal(as_json=as_json).result(data, table(("name", "summary", "splits", "source"), rows))
+
+
+def _side(text: str) -> tuple[Path, str | None]:
+    """A folder, and the method named behind a colon."""
+    if os.path.isdir(text):
+        return Path(text), None
+    folder, colon, method = text.rpartition(":")
+    if not colon:
+        raise ConfigError(f"{text} is no folder: give a run that `baft bench` wrote, or RUN:METHOD")
+    return Path(folder), method
+
+
+def _as_dicts(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def _count_words(done: int, total: int) -> str:
+    return f"{count(done, 'block')} of {total}"
