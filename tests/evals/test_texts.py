@@ -13,7 +13,7 @@ from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from rules import Ruled, prefers
-from tiny import EOS_ID, half_open_part, open_part, shut_part, tiny_tokenizer
+from tiny import EOS_ID, half_open_part, open_part, shut_part, states_at, tiny_tokenizer
 
 TEXTS = ("The king of France was old.", "Rome", "Rain fell all night, and the match was moved to Thursday.")
 
@@ -81,21 +81,25 @@ def test_false_fires(host):
     n_tokens = tuple(len(host.tokenizer(text)["input_ids"]) - 1 for text in TEXTS)
     for part, n_changed in ((shut_part(), (0, 0, 0)), (open_part(), n_tokens)):
         fires = false_fires(host, edit(host, part), TEXTS, batch_size=2)
-        assert (fires.n_changed, fires.n_tokens) == (n_changed, n_tokens)
+        assert (fires.n_changed, fires.n_fired, fires.n_tokens) == (n_changed, n_changed, n_tokens)
+    assert false_fires(host, EditedModel(host.model), TEXTS).n_fired == (0, 0, 0)
     part = half_open_part(host.model, Site(1), seed=1)
     seen = false_fires(host, edit(host, part), TEXTS)
     for i, text in enumerate(TEXTS):
         ids = torch.tensor([host.tokenizer(text)["input_ids"]])
         changed = (edit(host, part)(ids).logits != host.model(ids).logits).any(-1)
         assert seen.n_changed[i] == int(changed.sum())
+        states = states_at(host.model, Site(1), ids)[1:]  # but for BOS
+        assert seen.n_fired[i] == int((part.gate.weights(states) > 0).any(-1).any(-1).sum())
+    assert sum(seen.n_fired) < sum(seen.n_changed)  # what comes after a token that fired changes too
     assert 0 < sum(seen.n_changed) < sum(n_tokens)  # control: the gate shuts on some
     short = false_fires(host, edit(host, open_part()), TEXTS, n_tokens=5)
     assert short.n_changed == short.n_tokens == (4, n_tokens[1], 4)
 
 
 def test_shares():
-    fires = FalseFires((0, 3, 0, 1), (10, 10, 10, 10))
-    assert (fires.share_of_tokens, fires.share_of_texts) == (0.1, 0.5)
+    fires = FalseFires((0, 3, 0, 1), (0, 1, 0, 1), (10, 10, 10, 10))
+    assert (fires.share_of_tokens, fires.share_fired, fires.share_of_texts) == (0.1, 0.05, 0.5)
 
 
 def test_fluency(host):

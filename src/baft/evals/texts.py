@@ -5,19 +5,21 @@ model had written them: an edit that acts on output tokens then acts on every on
 BOS itself is never edited.
 """
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from baft.errors import ConfigError, InputError
 from baft.evals.metrics import ngram_entropy
-from baft.hosts.edited_model import EditedModel
+from baft.hosts.edited_model import EditedModel, Recording
 from baft.hosts.encoding import Encoder, TokenBatch
 from baft.hosts.models import Host
 from baft.hosts.speaking import Row, Speaker
+from baft.nn.interventions import intervene
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +45,25 @@ class FalseFires:
     """Where edits moved unrelated text.
 
     Args:
-        n_changed: For each text, at how many tokens any logit differs from the unedited model's by any bit.
+        n_changed: For each text, at how many tokens any logit differs from the unedited model's by any bit;
+            an edit that acts on one token changes those after it too.
+        n_fired: For each text, at how many tokens any gate opens, and an edit acts.
         n_tokens: How many tokens each text has, the first not counted.
     """
 
     n_changed: tuple[int, ...]
+    n_fired: tuple[int, ...]
     n_tokens: tuple[int, ...]
 
     @property
     def share_of_tokens(self) -> float:
-        """Changed tokens of all tokens. A token may change because an edit acts on one before it."""
+        """Changed tokens of all tokens."""
         return sum(self.n_changed) / sum(self.n_tokens)
+
+    @property
+    def share_fired(self) -> float:
+        """Tokens at which a gate opens of all tokens."""
+        return sum(self.n_fired) / sum(self.n_tokens)
 
     @property
     def share_of_texts(self) -> float:
@@ -92,10 +102,7 @@ def text_loss(
     for start in range(0, len(pieces), batch_size):
         chunk = pieces[start : start + batch_size]
         batch = _as_output(speaker, [ids for _, ids, _ in chunk])
-        output = edited(
-            batch.input_ids, batch.attention_mask, n_prompt_tokens=batch.n_prompt_tokens, use_cache=False
-        )
-        for (i, ids, n_seen), logits in zip(chunk, output.logits, strict=True):
+        for (i, ids, n_seen), logits in zip(chunk, _logits(edited, batch), strict=True):
             precise = logits[n_seen - 1 : len(ids) - 1].to(torch.promote_types(logits.dtype, torch.float32))
             targets = torch.tensor(ids[n_seen:], device=logits.device)
             nll[i] += torch.nn.functional.cross_entropy(precise, targets, reduction="sum").item()
@@ -133,22 +140,16 @@ def false_fires(
         raise ConfigError(f"texts are cut to at least 2 tokens, got n_tokens={n_tokens}")
     rows = [row[:n_tokens] for row in _encoded(host, texts)]
     changed: list[int] = []
+    fired: list[int] = []
     for start in range(0, len(rows), batch_size):
-        chunk = rows[start : start + batch_size]
-        batch = _as_output(speaker, chunk)
-        logits = []
-        for context in (edited.disabled, contextlib.nullcontext):
-            with context():
-                output = edited(
-                    batch.input_ids,
-                    batch.attention_mask,
-                    n_prompt_tokens=batch.n_prompt_tokens,
-                    use_cache=False,
-                )
-            logits.append(output.logits)
-        differs = (logits[0] != logits[1]).any(-1) & batch.attention_mask.bool()
+        batch = _as_output(speaker, rows[start : start + batch_size])
+        seen = Recording()
+        with edited.disabled():
+            without = _logits(edited, batch)
+        differs = (_logits(edited, batch, seen) != without).any(-1) & batch.attention_mask.bool()
         changed += differs[:, 1:].sum(-1).tolist()
-    return FalseFires(tuple(changed), tuple(len(row) - 1 for row in rows))
+        fired += _open(edited, seen, batch)[:, 1:].sum(-1).tolist()
+    return FalseFires(tuple(changed), tuple(fired), tuple(len(row) - 1 for row in rows))
 
 
 def fluency(
@@ -211,3 +212,27 @@ def _windows(row: Row, size: int) -> Iterator[tuple[Row, int]]:
 def _as_output(speaker: Speaker, rows: Sequence[Row]) -> TokenBatch:
     """Running text as a batch, the first token of each row standing for its prompt."""
     return speaker.encoder.pad(rows, [1] * len(rows), side="right", device=speaker.device)
+
+
+def _logits(
+    edited: EditedModel, batch: TokenBatch, recording: Recording | None = None
+) -> Float[Tensor, "batch pos vocab"]:
+    output = edited(
+        batch.input_ids,
+        batch.attention_mask,
+        n_prompt_tokens=batch.n_prompt_tokens,
+        recording=recording,
+        use_cache=False,
+    )
+    logits: Tensor = output.logits
+    return logits
+
+
+def _open(edited: EditedModel, seen: Recording, batch: TokenBatch) -> Bool[Tensor, "batch pos"]:
+    """At which tokens of a recorded call any gate opened."""
+    is_open = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
+    for site, parts in edited.interventions.items():
+        if parts:
+            mask = seen.masks[0].to(is_open.device)
+            is_open[mask] |= intervene(parts, seen.at(site))[1].to(is_open.device)
+    return is_open
