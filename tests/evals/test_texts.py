@@ -12,7 +12,8 @@ from baft.hosts.architecture import Site
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
-from rules import Ruled, prefers
+from baft.hosts.speaking import Speaker
+from rules import Ruled, follows, prefers
 from tiny import EOS_ID, half_open_part, open_part, shut_part, states_at, tiny_tokenizer
 
 TEXTS = ("The king of France was old.", "Rome", "Rain fell all night, and the match was moved to Thursday.")
@@ -98,8 +99,9 @@ def test_false_fires(host):
 
 
 def test_shares():
-    fires = FalseFires((0, 3, 0, 1), (0, 1, 0, 1), (10, 10, 10, 10))
-    assert (fires.share_of_tokens, fires.share_fired, fires.share_of_texts) == (0.1, 0.05, 0.5)
+    fires = FalseFires((0, 3, 0, 1), (0, 2, 0, 0), (10, 10, 10, 10))
+    assert (fires.changed_tokens, fires.fired_tokens) == (0.1, 0.05)
+    assert (fires.changed_texts, fires.fired_texts) == (0.5, 0.25)
 
 
 def test_fluency(host):
@@ -113,9 +115,17 @@ def test_fluency(host):
         logits[[EOS_ID, encoder.end_of_turn(chat=True)]] = -torch.inf
         ids.append(int(logits.argmax()))
     assert found[1] == ngram_entropy(encoder.text(ids[len(encoder.prompt("The king of")) :]))
-    # A model that would end at once goes on.
-    ends = Ruled(host.model, prefers(EOS_ID, *encoder.prompt("x")[-1:]))
-    assert fluency(host, ends, ["A"], n_tokens=12) == (ngram_entropy("x" * 12),)
+
+
+def test_a_model_that_would_end_at_once_goes_on(host):
+    said = "a b\tc\nd"
+    ids = host.tokenizer(f"x{said}", add_special_tokens=False)["input_ids"]
+    ends, goes_on = prefers(EOS_ID, by=1e9), follows(ids, by=1e6)
+    model = Ruled(host.model, lambda ids, logits: ends(ids, goes_on(ids, logits)))
+    assert fluency(host, model, ["x"], n_tokens=len(said)) == (ngram_entropy(said),)
+    assert ngram_entropy(said) > 0
+    speaker = Speaker(host)
+    assert speaker.replies(model, speaker.rows("x", None), 7) == [[EOS_ID]]  # control
 
 
 def test_what_is_refused(host):

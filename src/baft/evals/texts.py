@@ -56,19 +56,24 @@ class FalseFires:
     n_tokens: tuple[int, ...]
 
     @property
-    def share_of_tokens(self) -> float:
-        """Changed tokens of all tokens."""
+    def changed_tokens(self) -> float:
+        """Share of all tokens at which a logit differs."""
         return sum(self.n_changed) / sum(self.n_tokens)
 
     @property
-    def share_fired(self) -> float:
-        """Tokens at which a gate opens of all tokens."""
+    def fired_tokens(self) -> float:
+        """Share of all tokens at which a gate opens."""
         return sum(self.n_fired) / sum(self.n_tokens)
 
     @property
-    def share_of_texts(self) -> float:
-        """Texts with a changed token of all texts."""
+    def changed_texts(self) -> float:
+        """Share of the texts in which a logit differs anywhere."""
         return sum(n > 0 for n in self.n_changed) / len(self.n_changed)
+
+    @property
+    def fired_texts(self) -> float:
+        """Share of the texts in which a gate opens anywhere."""
+        return sum(n > 0 for n in self.n_fired) / len(self.n_fired)
 
 
 @torch.no_grad()
