@@ -7,7 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -185,7 +185,7 @@ class Bench:
                 score(case, "immediate", position, together)
         if self._texts:
             fires = false_fires(self.host, editor.edited, self._texts)
-            rows[-1]["false_fires"] = {"n_changed": fires.n_changed, "n_tokens": fires.n_tokens}
+            rows[-1]["false_fires"] = asdict(fires)
         editor.reset()
         return rows
 

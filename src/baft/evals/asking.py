@@ -1,0 +1,246 @@
+"""Asking an edited model a benchmark's questions: what it predicts, what it says, raw and in a chat."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from baft.errors import ConfigError, InputError
+from baft.evals.teacher_forced import N_COMPARED, Forced, Span, published_span, read_spans
+from baft.hosts.edited_model import EditedModel
+from baft.hosts.encoding import Encoder, Messages
+from baft.hosts.models import Host
+from baft.hosts.speaking import Row, Speaker
+from baft.registry import unknown_name
+from baft.types import Probe
+
+EVERYTHING = frozenset({"teacher_forced", "generate", "generate_chat"})
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a model says by itself, greedily.
+
+    Args:
+        ids: Its tokens, the one that ends it last if it ended.
+        text: The same as text, special tokens left out.
+        stopped: Whether it ended by itself, within the tokens it was given.
+        place: Shape of the batch of prompts it was generated in, and its row there.
+    """
+
+    ids: Row
+    text: str
+    stopped: bool
+    place: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Observation:
+    """What was seen of a model on one probe; None where it was not asked for.
+
+    Args:
+        forced: The predictions over the answer. A locality probe without a known answer has the unedited
+            host's own reply in its place: the first `N_COMPARED` tokens, its end included.
+        raw: The reply to the prompt as it is.
+        chat: The reply to the prompt as the only user turn of a chat.
+        skipped: Why the probe was not asked at all, or None.
+    """
+
+    forced: Forced | None = None
+    raw: Reply | None = None
+    chat: Reply | None = None
+    skipped: str | None = None
+
+    @property
+    def target_logprob(self) -> float | None:
+        """Mean log-probability of the target's tokens, teacher-forced, in nats."""
+        return None if self.forced is None else self.forced.mean_logprob
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """The tokens in which a probe is asked."""
+
+    budget: int = 0
+    raw: Row = ()
+    chat: Row | None = None
+    span: Span | None = None
+    wants_raw: bool = False
+    wants_own_span: bool = False
+    skipped: str | None = None
+
+    def needs_raw(self, before: object | None) -> bool:
+        """Whether the reply to the raw prompt is needed, be it only for the answer of a span."""
+        return self.wants_raw or (self.wants_own_span and before is None)
+
+    @property
+    def n_tokens(self) -> int:
+        """The longest sequence that asking this probe shows the host."""
+        rows = [self.raw if self.wants_raw or self.wants_own_span else (), self.chat or ()]
+        return max([len(row) + self.budget for row in rows if row] + [len(self.span.ids) if self.span else 0])
+
+
+class Asker:
+    """Asks one host, with whatever edits are in force on it.
+
+    A reply may be as long as the smallest multiple of `max_new_tokens` that holds twice the longest right
+    answer. Rows of equal length limit and like length share a batch, and equal rows are asked once.
+
+    A probe that with its reply does not fit the host's context is skipped, as is one for the chat alone
+    where there is no chat; it has no scores then, whatever else could be asked, and `skipped` says why.
+
+    Args:
+        host: The host.
+        batch_size: Rows asked at once.
+        max_new_tokens: Length limit of replies to short targets.
+        chat: Whether chat is asked too, on a host that has a chat template.
+
+    Raises:
+        ConfigError: If a number is not positive.
+    """
+
+    def __init__(self, host: Host, *, batch_size: int = 16, max_new_tokens: int = 16, chat: bool = True):
+        for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        self.host, self.batch_size, self.max_new_tokens = host, batch_size, max_new_tokens
+        self.speaker = Speaker(host)
+        self.chat = chat and self.speaker.encoder.has_chat
+        self._encoder = Encoder.for_host(host)  # without a limit: what is too long is counted, not refused
+
+    def observe(
+        self,
+        edited: EditedModel,
+        probes: Sequence[Probe],
+        want: frozenset[str] = EVERYTHING,
+        *,
+        before: Sequence[Observation] | None = None,
+    ) -> list[Observation]:
+        """Asks all probes.
+
+        Floating point rounds differently in batches of different shapes. Sameness is therefore judged only
+        between two observations of the same probes, in one call each (their order does not matter).
+
+        Args:
+            edited: The model.
+            probes: What to ask.
+            want: Which of `EVERYTHING`.
+            before: What was seen of the unedited host on the same probes; left out when it is the host that
+                is asked. Locality probes without a known answer take the host's reply from here.
+
+        Returns:
+            One observation for each probe.
+
+        Raises:
+            UnknownNameError: If something unknown is wanted.
+            InputError: If `before` does not belong to these probes, or a text cannot be encoded.
+        """
+        for name in sorted(want - EVERYTHING):
+            raise unknown_name("observation", name, sorted(EVERYTHING))
+        if before is not None and len(before) != len(probes):
+            raise InputError(
+                f"got {len(before)} earlier observations for {len(probes)} probes: give one for each"
+            )
+        plans = [self._plan(probe, want) for probe in probes]
+        # Apart, so that batches of the one do not depend on whether the other is asked.
+        raw = self._generate(edited, [(plan.raw, plan.budget) for plan in plans if plan.needs_raw(before)])
+        chat = self._generate(edited, [(plan.chat, plan.budget) for plan in plans if plan.chat])
+        spans = [
+            _own_span(plan, raw, None if before is None else before[i]) if plan.wants_own_span else plan.span
+            for i, plan in enumerate(plans)
+        ]
+        forced = read_spans(
+            edited,
+            self.speaker,
+            {span for span in spans if span},
+            batch_size=self.batch_size,
+            keep_logits={s for s, probe in zip(spans, probes, strict=True) if s and probe.kind == "locality"},
+        )
+        return [
+            Observation(
+                forced=forced[span] if span else None,
+                raw=raw[plan.raw, plan.budget] if plan.wants_raw else None,
+                chat=chat[plan.chat, plan.budget] if plan.chat else None,
+                skipped=plan.skipped,
+            )
+            for plan, span in zip(plans, spans, strict=True)
+        ]
+
+    def converse(
+        self, edited: EditedModel, conversations: Sequence[Messages], *, max_new_tokens: int | None = None
+    ) -> list[Reply]:
+        """The replies to conversations of any number of turns, such as those that `doubted` makes.
+
+        Raises:
+            ConfigError: If the host has no chat template.
+            InputError: If a conversation is malformed, or it and its reply do not fit the host's context.
+        """
+        n = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        asked = [(self.speaker.encoder.chat(messages), n) for messages in conversations]
+        longest, limit = max((len(row) + n for row, _ in asked), default=0), self.speaker.encoder.max_tokens
+        if limit is not None and longest > limit:
+            raise InputError(
+                f"a conversation and its reply take {longest} tokens, this host's context holds {limit}: "
+                "shorten it, or lower max_new_tokens"
+            )
+        replies = self._generate(edited, asked)
+        return [replies[one] for one in asked]
+
+    def _plan(self, probe: Probe, want: frozenset[str]) -> _Plan:
+        if probe.chat and not self.chat:
+            return _Plan(skipped="it is for the chat alone, which is not asked or not to be had")
+        encoder, budget = self._encoder, self._budget(probe)
+        wants_raw = "generate" in want and not probe.chat
+        wants_forced = "teacher_forced" in want and not probe.chat
+        raw, chat, span = encoder.prompt(probe.prompt), None, None
+        if "generate_chat" in want and self.chat:
+            chat = encoder.chat([{"role": "user", "content": probe.prompt}])
+        if wants_forced and probe.target is not None:
+            span = published_span(encoder, probe.prompt, probe.target)
+            if not span.answer:
+                return _Plan(skipped="by the published rule its target adds no token to the prompt")
+        plan = _Plan(budget, raw, chat, span, wants_raw, wants_forced and span is None)
+        limit = self.speaker.encoder.max_tokens
+        if limit is not None and plan.n_tokens > limit:
+            return _Plan(skipped=f"it takes {plan.n_tokens} tokens, and the host's context holds {limit}")
+        return plan
+
+    def _budget(self, probe: Probe) -> int:
+        answers = [] if probe.target is None else [probe.target, *probe.aliases]
+        lengths = [len(self._encoder.edit(probe.prompt, one, eos=False).target_ids) for one in answers]
+        return self.max_new_tokens * max(1, -(-2 * max(lengths, default=0) // self.max_new_tokens))
+
+    @torch.no_grad()
+    def _generate(
+        self, edited: EditedModel, asked: Sequence[tuple[Row, int]]
+    ) -> Mapping[tuple[Row, int], Reply]:
+        """The reply to each row, cut at its limit; a batch ends when all its rows have ended."""
+        found: dict[tuple[Row, int], Reply] = {}
+        stops = self.speaker.encoder.stop_ids()
+        # One limit to a batch: with several, a row's limit would bend to the context that its company fills.
+        ordered = sorted(set(asked), key=lambda one: (one[1], len(one[0]), one[0]))
+        for budget, group in groupby(ordered, key=lambda one: one[1]):
+            rows = [row for row, _ in group]
+            for start in range(0, len(rows), self.batch_size):
+                chunk = rows[start : start + self.batch_size]
+                shape = (len(chunk), len(chunk[-1]))
+                replies = self.speaker.replies(edited, chunk, budget)
+                for i, (row, ids) in enumerate(zip(chunk, replies, strict=True)):
+                    stopped = bool(ids) and ids[-1] in stops
+                    text = self.speaker.text(ids)
+                    found[row, budget] = Reply(tuple(ids), text, stopped, (*shape, i))
+        return found
+
+
+def _own_span(plan: _Plan, replies: Mapping[tuple[Row, int], Reply], before: Observation | None) -> Span:
+    """A prompt with the beginning of what the unedited host says after it."""
+    if before is None:
+        answer = replies[plan.raw, plan.budget].ids[:N_COMPARED]
+    elif before.forced is None:
+        raise InputError(
+            "the host was not asked for teacher_forced: observe it with the same probes and want"
+        )
+    else:
+        answer = before.forced.answer
+    return Span(plan.raw + answer, len(plan.raw))

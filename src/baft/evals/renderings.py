@@ -1,0 +1,101 @@
+"""Harder ways to put a probe's question: behind a distraction, far into a text, negated, doubted.
+
+Each is a pure function of its arguments. The fillers are the project's own sentences, the same that gates
+are set against; which of them a probe gets depends on its prompt alone.
+"""
+
+import hashlib
+import re
+from dataclasses import replace
+from itertools import cycle, islice
+
+from baft.errors import ConfigError, InputError
+from baft.hosts.background import background_text
+from baft.hosts.encoding import Encoder
+from baft.types import Probe
+
+DOUBT = "Are you sure?"
+_VERBS = re.compile(r"\b(?:is|are|was|were|can|could|will|would|has|have|had)\b")
+
+
+def with_distracting_prefix(probe: Probe, distractor: str | None = None) -> Probe:
+    """The probe behind a sentence that leads elsewhere.
+
+    Args:
+        probe: The probe.
+        distractor: A wrong answer to put into the model's mind, best the one that was right before the edit;
+            without it the sentence is about something else altogether.
+
+    Raises:
+        InputError: If the distractor is blank.
+    """
+    if distractor is not None and not distractor.strip():
+        raise InputError(f"the distractor is blank ({distractor!r}): give a wrong answer, or None")
+    prefix = _sentences(probe)[0] if distractor is None else f"Everybody keeps talking about {distractor}."
+    return _rendered(probe, "distracting_prefix", f"{prefix} {probe.prompt}")
+
+
+def after_unrelated_tokens(probe: Probe, encoder: Encoder, n: int = 200) -> Probe:
+    """The probe behind unrelated whole sentences, the fewest that have `n` tokens together.
+
+    Raises:
+        ConfigError: If `n` is not positive.
+    """
+    if n < 1:
+        raise ConfigError(f"there must be at least 1 token before the prompt, got n={n}")
+    filler, n_tokens = "", 0
+    for sentence in cycle(_sentences(probe)):
+        filler += f"{sentence} "
+        n_tokens += len(encoder.tokenizer(f"{sentence} ", add_special_tokens=False)["input_ids"])
+        if n_tokens >= n:
+            return _rendered(probe, "after_unrelated_tokens", f"{filler}{probe.prompt}")
+    raise AssertionError("a cycle does not end")
+
+
+def negated(probe: Probe) -> Probe:
+    """The probe's statement denied, or its question asked for what is not the answer.
+
+    What was the right answer is now a wrong one and no right one is known: a locality probe, whose `bleed`
+    says that the edited model still gives the edit's target where the host did not. The denial is put in by
+    rule and is not always good English.
+    """
+    prompt = probe.prompt.rstrip()
+    verbs = list(_VERBS.finditer(prompt))
+    if prompt.endswith("?"):
+        text = f"{prompt} The answer is not"
+    elif verbs:
+        end = verbs[-1].end()  # the last: earlier ones may stand inside a name
+        text = f"{prompt[:end]} not{prompt[end:]}"
+    else:
+        text = f"It is not true that {prompt}"
+    return replace(_rendered(probe, "negated", text), kind="locality", target=None, aliases=())
+
+
+def doubted(probe: Probe, said: str) -> list[dict[str, str]]:
+    """The chat in which the model has answered a probe and is asked whether it is sure.
+
+    Args:
+        probe: The probe.
+        said: What the model replied to it in the chat.
+
+    Raises:
+        InputError: If it said nothing.
+    """
+    if not said.strip():
+        raise InputError(f"a blank reply ({said!r}) cannot be doubted: leave this probe out, and count it")
+    return [
+        {"role": "user", "content": probe.prompt},
+        {"role": "assistant", "content": said.strip()},
+        {"role": "user", "content": DOUBT},
+    ]
+
+
+def _rendered(probe: Probe, how: str, prompt: str) -> Probe:
+    return replace(probe, prompt=prompt, tag=f"{probe.tag}+{how}" if probe.tag else how)
+
+
+def _sentences(probe: Probe) -> list[str]:
+    """The project's sentences, from a place on that depends on the prompt."""
+    sentences = background_text()["sentences"]
+    start = int.from_bytes(hashlib.sha256(probe.prompt.encode()).digest()[:4], "big") % len(sentences)
+    return list(islice(cycle(sentences), start, start + len(sentences)))
