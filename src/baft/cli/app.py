@@ -16,6 +16,7 @@ import typer
 from rich.filesize import decimal
 
 import baft
+from baft.cli.bench import bench, compare, list_benchmarks, report
 from baft.cli.options import (
     DEFAULT_HOST,
     Artifact,
@@ -376,3 +377,9 @@ def list_methods(as_json: Json = False) -> None:
         for one in data
     ]
     Terminal(as_json=as_json).result(data, table(("name", "summary", "presets", "can"), rows))
+
+
+app.command()(bench)
+app.command()(report)
+app.command()(compare)
+app.command("benchmarks")(list_benchmarks)

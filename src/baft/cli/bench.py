@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from baft.cli.options import Json, Quiet
-from baft.cli.tables import count, table
+from baft.cli.tables import table
 from baft.cli.terminal import Terminal
 from baft.errors import ConfigError
 
@@ -66,7 +66,7 @@ def bench(
     folder = out or Path("runs") / found.name
     with terminal.waiting(f"loading {found.model}"):
         ready = Bench(found, data=data)
-    with terminal.counting("blocks", len(ready.blocks)) as counted:
+    with terminal.counting(len(ready.blocks)) as counted:
         ready.run(folder, on_block=counted)
     written = write_report([folder], folder)
     header, rows = summary_rows([folder])
@@ -135,7 +135,3 @@ def _side(text: str) -> tuple[Path, str | None]:
 
 def _as_dicts(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[dict[str, str]]:
     return [dict(zip(header, row, strict=True)) for row in rows]
-
-
-def _count_words(done: int, total: int) -> str:
-    return f"{count(done, 'block')} of {total}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.status import Status
 from rich.text import Text
 from typer.core import TyperGroup
@@ -79,6 +79,19 @@ class Terminal:
         columns = [TextColumn(words[0]), BarColumn(), *map(TextColumn, words[1:])]
         with Progress(*columns, console=self._err, transient=True, disable=self._still) as progress:
             yield TrainingBar(progress, n_requests)
+
+    @contextmanager
+    def counting(self, total: int) -> Iterator[Callable[[int, int, str], None]]:
+        """Shows how much of a long run is done, and when it will end."""
+        columns = [BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeRemainingColumn()]
+        words = TextColumn("{task.description}")
+        with Progress(*columns, words, console=self._err, transient=True, disable=self._still) as progress:
+            bar = progress.add_task("", total=total)
+
+            def counted(done: int, total: int, what: str) -> None:
+                progress.update(bar, completed=done, total=total, description=safe(what))
+
+            yield counted
 
 
 class TrainingBar:

@@ -17,7 +17,7 @@ import torch
 
 from baft import config
 from baft.data.base import Benchmark
-from baft.errors import DataError, EditError, InputError
+from baft.errors import ConfigError, DataError, EditError, InputError
 from baft.evals.asking import Asker, Observation
 from baft.evals.experiment import Experiment, MethodSpec, Stage, Task, tasks_of
 from baft.evals.records import Record, Row
@@ -152,6 +152,7 @@ class Bench:
             asked = before[case.id]
             after = self._asker.observe(editor.edited, asked.probes, self._wanted, before=asked.seen)
             found = zip(asked.probes, asked.seen, after, strict=True)
+            probes = [_probe_row(case, *one) | self._gate(editor, one[0]) for one in found]
             rows.append(
                 {
                     "task": task.id,
@@ -165,10 +166,7 @@ class Bench:
                     "case": case.id,
                     "edit": case.edit.to_dict(),
                     **made.as_row(case),
-                    "probes": [
-                        _probe_row(case, *found)
-                        for found in zip(asked.probes, asked.seen, after, strict=True)
-                    ],
+                    "probes": probes,
                 }
             )
 
