@@ -55,8 +55,7 @@ class Cases:
 
     def odd(self, what: str, n: int = 1) -> None:
         """Counts something odd, `what` saying also what was done about it."""
-        if n:
-            self._odd[what] += n
+        self._odd[what] += n
 
     def add_row(
         self,
@@ -80,16 +79,17 @@ class Cases:
         """
         asked = [text for one in questions for text in (one.prompt, *one.answers)]
         texts = {prompt, target, subject, *truths, *asked}
-        self.odd(PADDED, sum(text.strip() not in ("", text) for text in texts))
+        self._odd[PADDED] += sum(text.strip() not in ("", text) for text in texts)
         prompt, target, subject = prompt.strip(), target.strip(), subject.strip()
         if not prompt or not target:
             return self.odd(BLANK_EDIT)
         known = tuple(text.strip() for text in truths if text.strip())
-        self.odd(BLANK_TRUTH, len(truths) - len(known))
+        self._odd[BLANK_TRUTH] += len(truths) - len(known)
         edit = Edit(prompt, target, subject or None, known[0] if known else None)
-        probes = [probe for one in questions if (probe := self._probe(edit.id, one))]
+        edit_id = edit.id  # each time it is asked for, it is hashed anew
+        probes = [probe for one in questions if (probe := self._probe(edit_id, one))]
         distinct = tuple(dict.fromkeys(probes))
-        self.odd(REPEATED_PROBE, len(probes) - len(distinct))
+        self._odd[REPEATED_PROBE] += len(probes) - len(distinct)
         self.add(EditCase(f"{self._prefix}/{index}", edit, distinct), truths=known)
 
     def add(self, case: EditCase, *, truths: tuple[str, ...] = ()) -> None:
@@ -101,14 +101,14 @@ class Cases:
         if earlier:
             is_same = any(one.edit.target == edit.target for one in earlier)
             self.odd(SAME_EDIT if is_same else CONFLICT)
-        self.odd(TARGET_TRUE, edit.target in truths)
-        self.odd(NO_SUBJECT, edit.subject is not None and edit.subject not in edit.prompt)
+        self._odd[TARGET_TRUE] += edit.target in truths
+        self._odd[NO_SUBJECT] += edit.subject is not None and edit.subject not in edit.prompt
         earlier.append(case)
         self._cases.append(case)
 
     def loaded(self) -> Loaded:
         """The cases, in the order in which they came, and what was odd."""
-        return Loaded(tuple(self._cases), dict(sorted(self._odd.items())))
+        return Loaded(tuple(self._cases), {what: n for what, n in sorted(self._odd.items()) if n})
 
     def _probe(self, edit_id: str, one: Question) -> Probe | None:
         prompt, texts = one.prompt.strip(), [answer.strip() for answer in one.answers]

@@ -34,7 +34,7 @@ class Record:
         Raises:
             DataError: If the field is missing, or holds something else.
         """
-        found = self._get(name)
+        found = self._fields.get(name)
         if not isinstance(found, str):
             self._refuse(name, found, "a text")
         return found
@@ -45,7 +45,7 @@ class Record:
         Raises:
             DataError: If the field is missing, or holds something else.
         """
-        found = self._get(name)
+        found = self._fields.get(name)
         if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
             self._refuse(name, found, "a list of texts")
         return tuple(found)
@@ -56,7 +56,7 @@ class Record:
         Raises:
             DataError: If the field is missing, or holds something else.
         """
-        found = self._get(name)
+        found = self._fields.get(name)
         if not isinstance(found, bool):
             self._refuse(name, found, "true or false")
         return found
@@ -67,7 +67,7 @@ class Record:
         Raises:
             DataError: If the field is missing, or holds something else.
         """
-        found = self._get(name)
+        found = self._fields.get(name)
         if not isinstance(found, dict):
             self._refuse(name, found, "an object")
         return Record(found, f"{self._where}, {name}")
@@ -78,7 +78,7 @@ class Record:
         Raises:
             DataError: If the field is missing, or holds something else.
         """
-        found = self._get(name)
+        found = self._fields.get(name)
         if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
             self._refuse(name, found, "a list of objects")
         return [Record(one, f"{self._where}, {name}[{n}]") for n, one in enumerate(found)]
@@ -91,10 +91,10 @@ class Record:
         Raises:
             DataError: If the field is missing, or holds something else.
         """
-        found = self._get(name)
+        found = self._fields.get(name)
         several = found if isinstance(found, list) else [found]
         lists = [one if isinstance(one, list) else [one] for one in several]
-        flat = [alias for one in lists for alias in one or [""]]
+        flat: list[Any] = [alias for one in lists for alias in one or [""]]
         if not all(isinstance(alias, str) for alias in flat):
             self._refuse(name, found, "a text, a list of texts or a list of lists of texts")
         return tuple(flat)
@@ -103,13 +103,10 @@ class Record:
         """Raises a DataError about a field of this record."""
         raise DataError(f"{self._where}, field {name!r}: {problem}")
 
-    def _get(self, name: str) -> Any:
+    def _refuse(self, name: str, found: Any, expected: str) -> NoReturn:
         if name not in self._fields:
             known = ", ".join(self._fields) or "none"
             self.refuse(name, f"is missing; the record has {known}")
-        return self._fields[name]
-
-    def _refuse(self, name: str, found: Any, expected: str) -> NoReturn:
         self.refuse(name, f"expected {expected}, got {type(found).__name__}: {shown(found)}")
 
 

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from baft.data.base import Benchmark, Loaded
 from baft.data.cases import Cases
@@ -40,7 +40,7 @@ class PublicBenchmark(Benchmark):
     _revision: str | None = None
 
     @classmethod
-    def from_hub(cls, *, revision: str = REVISION) -> Self:
+    def from_hub(cls, *, revision: str = REVISION) -> "PublicBenchmark":
         """The benchmark read from the hub, by the `datasets` library, which keeps what it fetched.
 
         A split is fetched when it is first asked for.
