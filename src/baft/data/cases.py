@@ -1,7 +1,7 @@
 """What all readers share: cases are collected, and whatever is odd about them is counted."""
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from baft.data.base import Loaded
 from baft.types import Edit, EditCase, Probe, ProbeKind
@@ -22,8 +22,7 @@ SAME_EDIT = "subject, prompt and target of an earlier case with other questions:
 TARGET_TRUE = "target among the ground truths: kept"
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(NamedTuple):
     """A probe as a file has it, before it belongs to an edit.
 
     Args:

@@ -46,7 +46,7 @@ class KnowEdit(PublicBenchmark):
     def _add(self, cases: Cases, index: int, records: Sequence[Record], split: str) -> None:
         record = records[index]
         prompt, target, subject = (record.text(field) for field in self.fields)
-        if _is_unresolved(prompt, subject) or _ID.fullmatch(target.strip()):
+        if (_BARE_Q.search(prompt) and subject != "Q") or _ID.fullmatch(target.strip()):
             return cases.odd(UNRESOLVED_EDIT)
         questions = []
         if self.rephrase is not None:
@@ -148,19 +148,18 @@ def _asked(cases: Cases, part: Record, kind: ProbeKind, subject: str) -> list[Qu
         rows = part.records(group)
         cases.odd(EMPTY_GROUP, not rows)
         for row in rows:
-            prompt, answers = row.text("prompt"), row.answers("ground_truth")
-            if _is_unresolved(prompt, subject):
+            prompt = row.text("prompt")
+            if _BARE_Q.search(prompt) and subject != "Q":
                 cases.odd(UNRESOLVED_PROMPT)
-            else:
-                questions.append(Question(kind, tags[group], prompt, _resolved(cases, answers)))
+                continue
+            questions.append(
+                Question(kind, tags[group], prompt, _resolved(cases, row.answers("ground_truth")))
+            )
     return questions
-
-
-def _is_unresolved(prompt: str, subject: str) -> bool:
-    return subject != "Q" and _BARE_Q.search(prompt) is not None
 
 
 def _resolved(cases: Cases, answers: tuple[str, ...]) -> tuple[str, ...]:
     kept = tuple(one for one in answers if not _ID.fullmatch(one.strip()))
-    cases.odd(UNRESOLVED_ANSWER, len(answers) - len(kept))
+    if len(kept) < len(answers):
+        cases.odd(UNRESOLVED_ANSWER, len(answers) - len(kept))
     return kept
