@@ -182,8 +182,9 @@ class EditCase:
     probes: tuple[Probe, ...]
 
     def __post_init__(self) -> None:
+        edit_id = self.edit.id
         for probe in self.probes:
-            if probe.edit_id != self.edit.id:
+            if probe.edit_id != edit_id:
                 raise InputError(f"case {self.id}: the probe {probe.prompt!r} is about another edit")
             if probe.kind == "reliability":
                 raise InputError(f"case {self.id}: reliability is asked of the edit's own prompt alone")

@@ -87,3 +87,12 @@ class Benchmark(ABC):
 
 
 benchmarks: Registry[type[Benchmark]] = Registry("benchmark", base=Benchmark, group="baft.benchmarks")
+benchmarks.add("convsent", "baft.data.convsent:ConvSent")
+benchmarks.add("counterfact", "baft.data.counterfact:CounterFact")
+benchmarks.add("counterfact-flat", "baft.data.counterfact:CounterFactFlat")
+benchmarks.add("jsonl", "baft.data.jsonl:Jsonl")
+benchmarks.add("knowedit-zsre", "baft.data.knowedit:KnowEditZsre")
+benchmarks.add("wikibio", "baft.data.knowedit:WikiBio")
+benchmarks.add("wikidata-counterfact", "baft.data.knowedit:WikidataCounterfact")
+benchmarks.add("wikidata-recent", "baft.data.knowedit:WikidataRecent")
+benchmarks.add("zsre", "baft.data.zsre:Zsre")
