@@ -1,0 +1,1 @@
+"""Scores of an edited model, and how sure they are."""
