@@ -127,7 +127,7 @@ class Experiment:
     texts: int = 0
 
     def __post_init__(self) -> None:
-        named = {
+        named: dict[str, list[Any]] = {
             "benchmarks": [(one.name, one.split) for one in self.benchmarks],
             "methods": [one.called for one in self.methods],
             "protocols": [one.called for one in self.protocols],
