@@ -1,0 +1,300 @@
+"""Running experiments on a tiny host, where cheats are planted and runs are cut off."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from baft.errors import ConfigError, DataError, EditError
+from baft.evals import runner
+from baft.evals.experiment import BenchmarkSpec, Experiment, MethodSpec, ProtocolSpec
+from baft.evals.records import ROWS, read_manifest, read_rows
+from baft.evals.runner import Bench, held_out_texts
+from baft.methods.base import methods
+
+LEARNS = {"learning_rate": 5e-2, "max_steps": 60, "stop_margin": 0.7, "layers": [1]}
+REFT = MethodSpec(name="reft", settings=LEARNS)
+SINGLE, BATCHED = ProtocolSpec(kind="single"), ProtocolSpec(kind="batched", size=3)
+SEQUENTIAL = ProtocolSpec(kind="sequential", size=3)
+FACTS = [("The tower is in", "Ro"), ("The king of France was", "Al"), ("Paris is in", "Be")]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "mine.jsonl"
+    rows = [
+        {
+            "prompt": prompt,
+            "target": target,
+            "generality": [{"prompt": f"{prompt} ", "tag": "space"}, {"prompt": "Where?", "chat": True}],
+            "locality": [{"prompt": "Bread and", "target": "milk"}, {"prompt": "A hat"}],
+            "portability": [{"prompt": "Who lives there? The", "target": "Ro"}],
+        }
+        for prompt, target in FACTS
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def experiment(file):
+    def make(*specs, protocols=(SINGLE,), **changes):
+        return Experiment(
+            name="x",
+            benchmarks=(BenchmarkSpec(name="jsonl", file=str(file)),),
+            methods=specs or (REFT,),
+            protocols=protocols,
+            **{"max_new_tokens": 4, "scorers": ("teacher_forced", "generate"), **changes},
+        )
+
+    return make
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    for name in ("Nothing", "Everywhere", "Forgetful"):
+        monkeypatch.setitem(methods._targets, name.lower(), f"planted:{name}")
+        monkeypatch.delitem(methods._loaded, name.lower(), raising=False)
+
+
+def rows_of(bench, tmp_path):
+    bench.run(tmp_path / "run")
+    return read_rows(tmp_path / "run")
+
+
+def mean(rows, kind, score, which="scores", **where):
+    found = [
+        probe[which][score]
+        for row in rows
+        if all(row[key] == value for key, value in where.items())
+        for probe in row["probes"]
+        if probe["kind"] == kind and score in probe[which]
+    ]
+    return sum(found) / len(found)
+
+
+def test_a_row_says_what_was_asked_and_what_came_of_it(experiment, host, tmp_path):
+    every = experiment(scorers=("teacher_forced", "generate", "generate_chat", "gates"), texts=0)
+    rows = rows_of(Bench(every, host=host), tmp_path)
+    assert [row["case"] for row in rows] == [f"jsonl/all/{i}" for i in range(3)]
+    row = rows[0]
+    assert (row["method"], row["protocol"], row["stage"], row["seed"], row["of"]) == (
+        "reft",
+        "single",
+        "immediate",
+        0,
+        1,
+    )
+    assert row["edit"] == {"prompt": "The tower is in", "target": "Ro"}
+    assert row["decoded"]
+    assert row["error"] is None
+    assert row["n_steps"] > 0
+    kinds = [probe["kind"] for probe in row["probes"]]
+    assert kinds == ["reliability", "generality", "generality", "locality", "locality", "portability"]
+    first = row["probes"][0]
+    assert first["scores"]["generate"] == first["scores"]["teacher_forced"] == 1.0
+    assert first["unedited"]["generate"] == 0.0
+    assert first["raw"][1] == " Ro"
+    assert first["raw"][0] != " Ro"
+    assert first["gate"] == 1.0  # reft is open
+    assert first["logprob"][0] < first["logprob"][1] < 0
+    assert set(row["probes"][2]["scores"]) == {
+        "generate_chat",
+        "generate_chat_contains",
+        "generate_chat_stopped",
+    }
+    manifest = read_manifest(tmp_path / "run")
+    [(name, about)] = manifest["benchmarks"].items()
+    assert (name, about["n_cases"]) == ("jsonl/all", 3)
+    assert manifest["host"]["weights"]
+    assert manifest["settings"]["reft"]["max_steps"] == 60
+    assert manifest["versions"]["torch"]
+
+
+def test_each_single_edit_is_made_on_the_untouched_host(experiment, host, tmp_path):
+    bench = Bench(experiment(), host=host)
+    rows = rows_of(bench, tmp_path)
+    [task] = [task for task in bench.tasks if task.cases[0].id == rows[2]["case"]]
+    alone = Bench(experiment(), host=host).block(task, REFT)
+    assert alone[0]["probes"] == rows[2]["probes"]
+
+
+def test_what_is_not_edited_scores_as_the_host(experiment, host, tmp_path, planted):
+    rows = rows_of(Bench(experiment(MethodSpec(name="nothing"), REFT), host=host), tmp_path)
+    mine = [row for row in rows if row["method"] == "nothing"]
+    assert all(row["decoded"] for row in mine)  # what it claims
+    for row in mine:
+        assert all(probe["scores"] == probe["unedited"] for probe in row["probes"])
+    assert mean(mine, "reliability", "generate") == 0.0
+    assert mean(mine, "locality", "bit_exact") == mean(mine, "locality", "text") == 1.0
+    assert mean(rows, "reliability", "generate", method="reft") == 1.0  # control
+
+
+def test_a_bias_toward_the_target_everywhere_is_caught(experiment, host, tmp_path, planted):
+    rows = rows_of(Bench(experiment(MethodSpec(name="everywhere"), REFT), host=host), tmp_path)
+    mine = [row for row in rows if row["method"] == "everywhere"]
+    # It says the first token of its target, and never stops.
+    assert mean(mine, "reliability", "teacher_forced") > 0.3 > mean(mine, "reliability", "generate")
+    assert mean(mine, "reliability", "teacher_forced", "unedited") < 0.1
+    for score in ("text", "argmax", "bit_exact"):
+        assert mean(mine, "locality", score) <= 0.2
+    assert mean(mine, "locality", "logprob_max") > 10
+
+
+def test_only_the_last_edit_remembered_shows_in_the_final_scores(experiment, host, tmp_path, planted):
+    cheat = MethodSpec(name="forgetful", settings=LEARNS)
+    rows = rows_of(Bench(experiment(cheat, protocols=(SEQUENTIAL,)), host=host), tmp_path)
+    assert [(row["stage"], row["position"]) for row in rows] == [
+        *(("immediate", i) for i in range(3)),
+        *(("final", i) for i in range(3)),
+    ]
+    assert mean(rows, "reliability", "generate", stage="immediate") == 1.0
+    assert mean(rows, "reliability", "generate", stage="final", position=2) == 1.0
+    assert mean(rows, "reliability", "generate", stage="final") == pytest.approx(1 / 3)
+
+
+def test_edits_of_a_batch_hold_together(experiment, host, tmp_path):
+    rows = rows_of(Bench(experiment(protocols=(BATCHED,)), host=host), tmp_path)
+    assert len(rows) == 3
+    assert len({row["n_steps"] for row in rows}) == 1
+    assert mean(rows, "reliability", "generate") == 1.0
+
+
+def test_an_edit_that_cannot_be_made_is_scored_and_named(experiment, host, tmp_path):
+    short = MethodSpec(name="reft", settings={**LEARNS, "max_target_tokens": 1})
+    rows = rows_of(Bench(experiment(short), host=host), tmp_path)
+    row = rows[0]
+    assert row["error"].startswith("InputError: the target is")
+    assert (row["decoded"], row["n_steps"]) == (False, 0)
+    assert mean(rows, "reliability", "generate") == 0.0
+    assert mean(rows, "locality", "bit_exact") == 1.0
+
+
+def test_a_method_that_breaks_down_is_no_end_of_the_run(experiment, host, tmp_path, monkeypatch, planted):
+    def breaks(*_, **__):
+        raise EditError("it broke")
+
+    bench = Bench(experiment(MethodSpec(name="nothing"), REFT), host=host)
+    monkeypatch.setattr(methods.get("nothing"), "apply", breaks)
+    rows = rows_of(bench, tmp_path)
+    assert {row["error"] for row in rows} == {"EditError: it broke", None}
+
+
+def test_a_run_goes_on_where_it_was(experiment, host, tmp_path):
+    whole = experiment(protocols=(SINGLE, SEQUENTIAL))
+    seen = []
+    Bench(whole, host=host).run(tmp_path / "run", on_block=lambda *done: seen.append(done))
+    assert [done for done, _, _ in seen] == [1, 2, 3, 4]
+    assert {total for _, total, _ in seen} == {4}
+    path = tmp_path / "run" / ROWS
+    text = path.read_text()
+    path.write_text("".join(text.splitlines(keepends=True)[:5]))  # the sequence is cut short
+    again = []
+    Bench(whole, host=host).run(tmp_path / "run", on_block=lambda *done: again.append(done))
+    assert again == seen[3:]
+    assert same(path.read_text(), text)
+    Bench(whole, host=host).run(tmp_path / "run", on_block=lambda *done: pytest.fail("done twice"))
+
+
+def same(text, other):
+    """But for how long it took."""
+
+    def rows(text):
+        return [{**json.loads(line), "seconds_s": None} for line in text.splitlines()]
+
+    return rows(text) == rows(other)
+
+
+def test_a_record_of_another_host_or_file_is_refused(experiment, host, host_of, file, tmp_path):
+    Bench(experiment(), host=host).run(tmp_path / "run")
+    with pytest.raises(ConfigError, match="another configuration: host was"):
+        Bench(experiment(), host=host_of("gpt2")).run(tmp_path / "run")
+    text = file.read_text()
+    try:
+        file.write_text(text.replace("Bread and", "Bread or"))
+        with pytest.raises(ConfigError, match="another configuration: benchmarks was"):
+            Bench(experiment(), host=host).run(tmp_path / "run")
+    finally:
+        file.write_text(text)
+
+
+def test_what_is_wrong_is_known_before_anything_is_loaded(experiment, monkeypatch):
+    monkeypatch.setattr(runner, "load_host", lambda *_, **__: pytest.fail("loaded for nothing"))
+    for wrong, message in (
+        (experiment(MethodSpec(name="bafd")), "did you mean"),
+        (experiment(MethodSpec(name="reft", preset="papr")), "reft preset"),
+        (experiment(MethodSpec(name="reft", settings={"rnk": 1})), "rnk"),
+        (experiment(texts=3), "asks for held-out text"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=message):
+            Bench(wrong)
+
+
+def test_held_out_text(tmp_path):
+    (tmp_path / "general").mkdir()
+    path = tmp_path / runner.HELD_OUT
+    path.write_text(" = Title = \n" + "short\n" + f"{'one ' * 80}\n{'two ' * 90}\n")
+    assert held_out_texts(tmp_path, 0) == ()
+    assert held_out_texts(tmp_path, 1) == (("one " * 80).strip(),)
+    with pytest.raises(DataError, match="has 2 paragraphs of 80 words, got texts=3: ask for fewer"):
+        held_out_texts(tmp_path, 3)
+
+
+def test_held_out_text_is_scanned_after_a_chunk(experiment, host, tmp_path):
+    (tmp_path / "general").mkdir()
+    (tmp_path / runner.HELD_OUT).write_text(f"{'one ' * 80}\n{'two ' * 90}\n")
+    rows = rows_of(Bench(experiment(protocols=(SEQUENTIAL,), texts=2), host=host, data=tmp_path), tmp_path)
+    assert ["false_fires" in row for row in rows] == [False] * 5 + [True]
+    assert len(rows[-1]["false_fires"]["n_tokens"]) == 2
+    assert sum(rows[-1]["false_fires"]["n_changed"]) > 0  # reft is open
+
+
+WHOLE_RUN = """
+import sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[4])
+from pathlib import Path
+from baft.evals.experiment import *
+from baft.evals.runner import Bench
+from baft.hosts.models import Host
+from tiny import tiny_host, tiny_tokenizer, CHATML
+model = tiny_host("llama", max_position_embeddings=160)
+host = Host("llama", model, tiny_tokenizer(chat_template=CHATML), "llama")
+experiment = Experiment(
+    name="x",
+    benchmarks=(BenchmarkSpec(name="jsonl", file=sys.argv[1]),),
+    methods=(MethodSpec(name="reft", settings={"max_steps": 2, "layers": [1]}),),
+    protocols=(ProtocolSpec(kind="single"), ProtocolSpec(kind="sequential", size=2)),
+    max_new_tokens=4,
+    scorers=("teacher_forced", "generate"),
+)
+slow = float(sys.argv[3])
+import time
+Bench(experiment, host=host).run(Path(sys.argv[2]), on_block=lambda *_: time.sleep(slow))
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_resumes_to_the_same_record(file, tmp_path):
+    """Five kills of a process, each at another moment of the run; and one run that is left alone."""
+
+    def start(folder, slow):
+        here = str(Path(__file__).parents[1])
+        return subprocess.Popen([sys.executable, "-c", WHOLE_RUN, str(file), str(folder), str(slow), here])
+
+    assert start(tmp_path / "whole", 0).wait(300) == 0
+    for n_rows in (1, 2, 3, 5, 6):
+        process = start(tmp_path / "cut", 1.0)
+        rows = tmp_path / "cut" / ROWS
+        for _ in range(1200):
+            if process.poll() is not None or (rows.exists() and rows.read_bytes().count(b"\n") >= n_rows):
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
+    assert start(tmp_path / "cut", 0).wait(300) == 0
+    assert same((tmp_path / "cut" / ROWS).read_text(), (tmp_path / "whole" / ROWS).read_text())
