@@ -87,3 +87,5 @@ class Benchmark(ABC):
 
 
 benchmarks: Registry[type[Benchmark]] = Registry("benchmark", base=Benchmark, group="baft.benchmarks")
+
+benchmarks.add("facts", "baft.data.facts:Facts")
