@@ -96,3 +96,5 @@ benchmarks.add("wikibio", "baft.data.knowedit:WikiBio")
 benchmarks.add("wikidata-counterfact", "baft.data.knowedit:WikidataCounterfact")
 benchmarks.add("wikidata-recent", "baft.data.knowedit:WikidataRecent")
 benchmarks.add("zsre", "baft.data.zsre:Zsre")
+
+benchmarks.add("facts", "baft.data.facts:Facts")
