@@ -201,14 +201,14 @@ def collect(folders: Sequence[Path]) -> Results:
                 _add(results, named)
                 results.rows.append(named)
                 hosts.add(named)
+            except BaftError as error:
+                raise DataError(
+                    f"{run.folder / ROWS}, task {row['task']!r}, {row['method']}: {error}"
+                ) from error
             except (KeyError, TypeError, AttributeError, IndexError) as error:
                 raise DataError(
                     f"{run.folder / ROWS}: a row of task {row['task']!r} is not what `baft bench` writes "
                     f"({type(error).__name__}: {error}): run the experiment again with this version"
-                ) from error
-            except BaftError as error:
-                raise DataError(
-                    f"{run.folder / ROWS}, task {row['task']!r}, {row['method']}: {error}"
                 ) from error
     return results
 

@@ -8,11 +8,13 @@ import io
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 N_COLORS = 8
@@ -59,27 +61,37 @@ def color(number: int) -> str:
     return f"#0a0b{number % N_COLORS:02x}"
 
 
-def draw(
-    paint: Callable[[Axes], None], *, name: str, label: str, size: tuple[float, float] = (3.5, 2.5)
-) -> str:
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The size of a drawing, and the room at the left for labels and above for a legend; all in inches."""
+
+    width: float = 3.5
+    height: float = 2.5
+    left: float = 0.42
+    above: float = 0.28
+
+
+def draw(paint: Callable[[Axes], None], frame: Frame, *, name: str, label: str) -> str:
     """Inline SVG of what `paint` draws.
 
     Args:
         paint: Draws on the axes.
+        frame: Its size; the page scales it.
         name: A word that no other plot of the page has; begins every id in the drawing.
         label: What a screen reader says.
-        size: Width and height in inches; the page scales it.
     """
     settings: dict[Any, Any] = {**matplotlib.rcParamsDefault, **_SETTINGS, "backend": "svg"}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Gg]lyph")  # the browser has a font for what is missing
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=(frame.width, frame.height))
         figure.patch.set_visible(False)
-        axes = figure.add_subplot()
+        across = (frame.left / frame.width, 1 - 0.08 / frame.width)
+        up = (0.42 / frame.height, 1 - frame.above / frame.height)
+        axes = figure.add_axes((across[0], up[0], across[1] - across[0], up[1] - up[0]))
         axes.patch.set_visible(False)
         paint(axes)
         file = io.StringIO()
-        figure.savefig(file, format="svg", metadata=_METADATA, transparent=True)
+        FigureCanvasSVG(figure).print_svg(file, metadata=_METADATA)  # type: ignore[no-untyped-call]
     return _inline(file.getvalue(), name, label)
 
 

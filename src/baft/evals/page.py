@@ -71,7 +71,6 @@ class Fold:
 
     summary: str
     parts: Sequence["Part"]
-    is_open: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +105,7 @@ class Document:
 
 def to_markdown(document: Document) -> str:
     """The document as Markdown, without its plots."""
-    lines = [f"# {_mark(document.title)}", "", _mark(document.subtitle), ""]
+    lines = [f"# {_mark(document.title)}", "", _paragraph(document.subtitle), ""]
     for section in document.sections:
         lines += _markdown(section)
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
@@ -114,7 +113,7 @@ def to_markdown(document: Document) -> str:
 
 def _markdown(part: Part) -> Iterator[str]:
     if isinstance(part, str):
-        yield from (_mark(part), "")
+        yield from (_paragraph(part), "")
     elif isinstance(part, Section):
         if not all(isinstance(one, Plots) for one in part.parts):
             yield from (f"{'#' * part.level} {_mark(part.title)}", "")
@@ -133,7 +132,7 @@ def _markdown(part: Part) -> Iterator[str]:
             yield _line(_marked(cell) for cell in row)
         yield ""
         if part.note:
-            yield from (_mark(part.note), "")
+            yield from (_paragraph(part.note), "")
 
 
 def _line(cells: Iterator[str]) -> str:
@@ -146,10 +145,15 @@ def _marked(cell: Cell) -> str:
     return f"{text} {_mark(cell.aside)}" if cell.aside else text
 
 
+def _paragraph(text: str) -> str:
+    """Text that begins a line, and no heading or list."""
+    return re.sub(r"^(\d*)([#+.)-])", r"\1\\\2", _mark(text))
+
+
 def _mark(text: str) -> str:
     """Text as Markdown shows it, in one line."""
     text = escape(" ".join(text.split()), quote=False)
-    text = re.sub(r"[\\`*~|]|(?<!\w)_|_(?!\w)|^[#+-](?=\s)|^\d+(?=[.)]\s)", r"\\\g<0>", text)
+    text = re.sub(r"[\\`*~|]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
     return text.replace("](", "]\\(").replace("][", "]\\[").replace("]:", "]\\:")
 
 
@@ -190,8 +194,7 @@ def _html(part: Part) -> str:
     if isinstance(part, Section):
         return f"<h{part.level}>{escape(part.title)}</h{part.level}>\n{_all(part.parts)}"
     if isinstance(part, Fold):
-        opened = " open" if part.is_open else ""
-        return f"<details{opened}><summary>{escape(part.summary)}</summary>\n{_all(part.parts)}</details>\n"
+        return f"<details><summary>{escape(part.summary)}</summary>\n{_all(part.parts)}</details>\n"
     if isinstance(part, Plots):
         return _plots(part)
     return _table(part)

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from baft.evals.collect import UNEDITED, Group, Results
 from baft.evals.differences import FAMILIES
-from baft.evals.drawing import FAINT, INK, MARKERS, color, draw
+from baft.evals.drawing import FAINT, INK, MARKERS, Frame, color, draw
 from baft.evals.metrics import metric
 from baft.evals.numbers import interval_of
 from baft.evals.page import Plots
@@ -24,6 +24,7 @@ RETAINED = (
     "locality@text",
 )
 _MANY_POINTS = 400
+_TICKS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 _Probe = tuple[str, str]
 
 
@@ -102,7 +103,7 @@ class Painter:
                 axes.fill_between(middle, low, high, color=ink, alpha=depth, linewidth=0)
                 dots = "." if len(points) > 1 else "o"
                 axes.plot(middle, means, style, color=ink, marker=dots, label=label)
-            axes.set(ylim=(-0.03, 1.03), xlabel="place of the edit in its chunk")
+            axes.set(ylim=(-0.03, 1.03), yticks=_TICKS, xlabel="place of the edit in its chunk")
             axes.legend(loc="lower left", ncols=2, bbox_to_anchor=(0, 1), borderaxespad=0.1)
 
         return self._draw(paint, f"{name} of {final.method} by the place of the edit")
@@ -133,7 +134,8 @@ class Painter:
                     elinewidth=1,
                     label=group.method,
                 )
-            axes.set(xlim=(-0.03, 1.05), ylim=(-0.03, 1.05), xlabel=x, ylabel=y)
+            axes.set(xlim=(-0.03, 1.05), ylim=(-0.03, 1.05), xticks=_TICKS, yticks=_TICKS)
+            axes.set(xlabel=x, ylabel=y)
             axes.legend(
                 loc="lower left",
                 ncols=4,
@@ -143,7 +145,7 @@ class Painter:
                 handletextpad=0.2,
             )
 
-        return self._draw(paint, f"{y} against {x}", (4.2, 3.2))
+        return self._draw(paint, f"{y} against {x}", Frame(4.2, 3.2, left=0.58))
 
     def _gates(self, group: Group) -> str | None:
         opened: dict[_Probe, list[float]] = {}
@@ -168,15 +170,17 @@ class Painter:
                 axes.plot([low, high], [place, place], color=shade, linewidth=5, alpha=0.55)
                 axes.plot([middle, middle], [place - 0.3, place + 0.3], color=INK, linewidth=1.6)
             axes.set_yticks(range(len(ordered)), names)
-            axes.set(xlim=(-0.03, 1.03), ylim=(len(ordered) - 0.45, -0.55), xlabel="gate")
+            axes.set(xlim=(-0.03, 1.03), ylim=(len(ordered) - 0.45, -0.55), xticks=_TICKS, xlabel="gate")
             axes.grid(visible=False, axis="y")
             axes.axvline(0, color=FAINT, linewidth=0.8)
 
-        return self._draw(paint, f"gates of {group.method}", (4.4, 0.9 + 0.32 * len(ordered)))
+        room = 0.2 + 0.074 * max(map(len, names))
+        frame = Frame(4.4, 0.55 + 0.3 * len(ordered), left=min(room, 2.2), above=0.05)
+        return self._draw(paint, f"gates of {group.method}", frame)
 
-    def _draw(self, paint: Callable[[Axes], None], label: str, size: tuple[float, float] = (3.5, 2.5)) -> str:
+    def _draw(self, paint: Callable[[Axes], None], label: str, frame: Frame | None = None) -> str:
         self._n_drawn += 1
-        return draw(paint, name=f"plot{self._n_drawn}", label=label, size=size)
+        return draw(paint, frame or Frame(), name=f"plot{self._n_drawn}", label=label)
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:

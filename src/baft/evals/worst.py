@@ -37,11 +37,11 @@ def mark(row: Row) -> float | None:
 def worst_part(results: Results, groups: Sequence[Group]) -> list[Part]:
     """The ten worst cases of every method, folded away."""
     parts: list[Part] = []
-    for i, group in enumerate(groups):
+    for group in groups:
         rows = worst_cases(results, group)
         if rows:
             title = f"{group.method}: the {len(rows)} worst of {sum(1 for _ in results.rows_of(group))}"
-            parts.append(Fold(title, [_case(n, row) for n, row in enumerate(rows, start=1)], is_open=i == 0))
+            parts.append(Fold(title, [_case(n, row) for n, row in enumerate(rows, start=1)]))
     return parts
 
 
