@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections import Counter
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -11,8 +12,10 @@ import pytest
 from baft.errors import ConfigError, DataError, UnknownNameError
 from baft.evals.collect import Group, collect, pool
 from baft.evals.differences import all_pairs, best
-from baft.evals.records import ROWS, Record, read_rows
+from baft.evals.experiment import BenchmarkSpec, Experiment, MethodSpec, ProtocolSpec
+from baft.evals.records import ROWS, Record, read_manifest, read_rows
 from baft.evals.report import comparison_rows, summary_rows, write_report
+from baft.evals.runner import Bench
 from baft.evals.stats import mean_interval
 from baft.evals.worst import mark, worst_cases
 from synthetic_record import Method, Plan, manifest, write_record
@@ -377,11 +380,11 @@ def test_one_method_in_two_runs_keeps_two_names(tmp_path):
 class Page(HTMLParser):
     """What a page is made of."""
 
-    EMPTY = frozenset({"meta", "wbr", "br", "use", "path"})
+    EMPTY = frozenset({"meta", "wbr"})
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.open, self.ids, self.links, self.texts = Counter(), [], Counter(), [], []
+        self.tags, self.open, self.ids, self.links = Counter(), [], Counter(), []
         self.feed(text)
         self.close()
 
@@ -391,20 +394,18 @@ class Page(HTMLParser):
         self.ids.update([found["id"]] if "id" in found else [])
         self.links += [value for name, value in attrs if name in ("href", "src", "xlink:href", "data")]
         assert not any(name.startswith("on") for name in found)
-        if tag not in self.EMPTY or tag == "path":
+        if tag not in self.EMPTY:
             self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if self.open and self.open[-1] == tag:
-            self.open.pop()
+        super().handle_starttag(tag, attrs)
 
     def handle_endtag(self, tag):
-        if tag not in self.EMPTY or tag == "path":
+        if tag not in self.EMPTY:
             assert self.open.pop() == tag
+        super().handle_endtag(tag)
 
-    def handle_data(self, data):
-        self.texts.append(data)
+
+def text_of(html):
+    return unescape(re.sub(r"<[^>]*>", "", html))
 
 
 @pytest.fixture(scope="module")
@@ -432,7 +433,7 @@ def test_the_page_is_whole_and_loads_nothing(page):
 
 def test_page_and_markdown_tell_the_same(page):
     markdown, html = page
-    texts = "".join(Page(html).texts)
+    texts = text_of(html)
     for said in (
         "SmolLM2-135M-Instruct (Q4_1)",
         "b3f6d81c52aa9e07",
@@ -483,7 +484,7 @@ def test_whatever_a_prompt_holds_is_text(tmp_path):
     assert "<script" not in markdown
     assert "](http" not in markdown
     assert "\x00" not in html + markdown
-    assert any("$x^2$" in text for text in found.texts)
+    assert "$x^2$ [a](http) 東京" in text_of(html[html.index("<svg") :])
     assert "\n# no" not in markdown
     blocks = re.findall(r"(?:^\|.*\n)+", markdown, re.MULTILINE)
     assert all(
@@ -506,7 +507,38 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 
-def test_the_synthetic_record_is_what_the_runner_writes(tmp_path):
-    rows = read_rows(write_record(tmp_path / "run", Plan(n_cases=4)))
-    assert json.loads(json.dumps(rows)) == rows
-    assert {"final", "immediate"} == {one["stage"] for one in rows}
+def test_a_real_run_is_reported_and_the_synthetic_record_has_its_fields(host, tmp_path):
+    asked = {"locality": [{"prompt": "Bread and", "target": "milk", "tag": "near"}, {"prompt": "A hat"}]}
+    cases = [{"prompt": prompt, "target": "Ro", **asked} for prompt in ("The tower is in", "Paris is in")]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(case) + "\n" for case in cases))
+    (tmp_path / "general").mkdir()
+    (tmp_path / "general" / "wikitext-2-test.txt").write_text("bread and milk " * 40 + "\n")
+    experiment = Experiment(
+        name="tiny",
+        benchmarks=(BenchmarkSpec(name="jsonl", file=str(tmp_path / "mine.jsonl")),),
+        methods=(MethodSpec(name="reft", settings={"max_steps": 3, "layers": [1]}),),
+        protocols=(ProtocolSpec(kind="single"), ProtocolSpec(kind="sequential", size=2)),
+        max_new_tokens=4,
+        texts=1,
+    )
+    Bench(experiment, data=tmp_path, host=host).run(tmp_path / "run")
+    markdown, html = page_of(tmp_path / "run", tmp_path / "out")
+    assert Page(html).open == []
+    assert "jsonl/all · sequential(2)" in markdown
+    assert re.search(r"\| reft \| 2 \| [0-9]+ \| \d\.\d\d \[", markdown)  # ordinary text
+    assert "gates of reft" in html
+    real, made = (
+        {(row["protocol"].partition("(")[0], row["stage"]): row for row in rows}
+        for rows in (read_rows(tmp_path / "run"), read_rows(write_record(tmp_path / "made", Plan(n_cases=2))))
+    )
+    assert real.keys() == made.keys()
+    for key, row in real.items():
+        assert row.keys() == made[key].keys()
+        for kind in ("reliability", "locality"):
+            one, other = (next(p for p in r["probes"] if p["kind"] == kind) for r in (row, made[key]))
+            assert one["scores"].keys() == other["scores"].keys()
+            assert one["unedited"].keys() == other["unedited"].keys()
+    last = real["sequential", "final"]["false_fires"]
+    assert last.keys() == made["sequential", "final"]["false_fires"].keys()
+    first, second = (read_manifest(tmp_path / name) for name in ("run", "made"))
+    assert first.keys() == second.keys()

@@ -232,12 +232,14 @@ def _label(column: int, table: Table) -> str:
 
 
 def _breakable(name: str) -> str:
-    """A column's name, which may be broken behind an @."""
-    return escape(name).replace("@", "@<wbr>")
+    """A name that may be broken behind an @ or a stroke."""
+    return re.sub(r"(?<=[@/_])(?=\w)", "<wbr>", escape(name))
 
 
 def _cell(column: int, cell: Cell, table: Table) -> str:
-    text = f'<strong class="best">{escape(cell.text)}</strong>' if cell.best else escape(cell.text)
+    text = _breakable(cell.text) if column < table.labels else escape(cell.text)
+    if cell.best:
+        text = f'<strong class="best">{text}</strong>'
     if cell.aside:
         text += f" <small>{escape(cell.aside)}</small>"
     if column < table.labels:

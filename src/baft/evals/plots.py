@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from baft.evals.collect import UNEDITED, Group, Results
 from baft.evals.differences import FAMILIES
@@ -104,6 +105,7 @@ class Painter:
                 dots = "." if len(points) > 1 else "o"
                 axes.plot(middle, means, style, color=ink, marker=dots, label=label)
             axes.set(ylim=(-0.03, 1.03), yticks=_TICKS, xlabel="place of the edit in its chunk")
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.legend(loc="lower left", ncols=2, bbox_to_anchor=(0, 1), borderaxespad=0.1)
 
         return self._draw(paint, f"{name} of {final.method} by the place of the edit")
