@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,21 @@ def test_only_the_last_edit_remembered_shows_in_the_final_scores(experiment, hos
     assert mean(rows, "reliability", "generate", stage="immediate") == 1.0
     assert mean(rows, "reliability", "generate", stage="final", position=2) == 1.0
     assert mean(rows, "reliability", "generate", stage="final") == pytest.approx(1 / 3)
+
+
+def test_less_may_be_asked(experiment, host, file, tmp_path):
+    few = BenchmarkSpec(name="jsonl", file=str(file), probes_per_tag=1)
+    protocol = ProtocolSpec(kind="sequential", size=3, immediate="reliability")
+    rows = rows_of(Bench(replace(experiment(protocols=(protocol,)), benchmarks=(few,)), host=host), tmp_path)
+    asked = {row["stage"]: [(probe["kind"], probe["tag"]) for probe in row["probes"]] for row in rows}
+    assert asked["immediate"] == [("reliability", "edit")]
+    assert asked["final"] == [
+        ("reliability", "edit"),
+        ("generality", "space"),
+        ("generality", ""),
+        ("locality", ""),
+        ("portability", ""),
+    ]
 
 
 def test_edits_of_a_batch_hold_together(experiment, host, tmp_path):
