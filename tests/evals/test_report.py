@@ -140,6 +140,24 @@ def test_hosts_that_disagree_are_refused(tmp_path):
     assert len(collect([record(tmp_path / "rounded", rounded)]).rows) == 2
 
 
+def test_less_may_be_asked_right_after_an_edit(tmp_path):
+    asked = [probe(value=1.0), probe("locality", "argmax", 0.5, 1.0)]
+    first = row("one", asked[:1], protocol="sequential(2)")
+    rows = [first, {**row("one", asked, stage="final"), "task": first["task"] + "-final"}]
+    folder = record(tmp_path / "run", rows)
+    (host,) = cells([folder], "unedited")
+    assert host["locality@argmax"].startswith("1.00 [")
+    found = {one["stage"]: one["locality@argmax"][:4] for one in cells([folder], "a")}
+    assert found == {"immediate": "–", "final": "0.50"}
+    assert "Retention" in page_of(folder, tmp_path / "out")[1]
+
+
+def test_another_order_of_cases_may_round_otherwise(tmp_path):
+    rows = [row("one", [probe(host=0.0)]), row("one", [probe(host=1.0)], seed=1)]
+    (host,) = cells([record(tmp_path / "run", rows)], "unedited")
+    assert host["reliability@teacher_forced"].startswith("0.00 [")
+
+
 def test_scores_of_one_tag(tmp_path):
     probes = [
         probe("locality", "argmax", 0.0, 1.0, "same_relation"),

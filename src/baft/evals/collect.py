@@ -193,14 +193,14 @@ def collect(folders: Sequence[Path]) -> Results:
     results = Results(runs)
     hosts = _Unedited(results)
     shared = Counter(method for run in runs for method in run.methods)
-    for run in runs:
+    for number, run in enumerate(runs):
         for row in run.rows:
             name = row["method"] if shared[row["method"]] == 1 else f"{row['method']} ({_called(run, runs)})"
             named = {**row, "method": name}
             try:
                 _add(results, named)
                 results.rows.append(named)
-                hosts.add(named)
+                hosts.add(number, named)
             except BaftError as error:
                 raise DataError(
                     f"{run.folder / ROWS}, task {row['task']!r}, {row['method']}: {error}"
@@ -210,6 +210,7 @@ def collect(folders: Sequence[Path]) -> Results:
                     f"{run.folder / ROWS}: a row of task {row['task']!r} is not what `baft bench` writes "
                     f"({type(error).__name__}: {error}): run the experiment again with this version"
                 ) from error
+    hosts.finish()
     return results
 
 
@@ -287,29 +288,36 @@ def _sentiment(probes: Sequence[Row], now: int) -> float | None:
 
 
 class _Unedited:
-    """The host without edits, seen beside every method: once for all, if all saw the same."""
+    """The host without edits, seen beside every method: once for all.
+
+    Beside all methods of one task and stage it was asked in the same batches, and must have scored the same.
+    In another order of cases, or another run, batches and so rounding may be others; the first are taken.
+    """
 
     def __init__(self, results: Results):
         self._results = results
-        self._seen: dict[tuple[Group, str], tuple[str, list[Row]]] = {}
+        self._seen: dict[tuple[int, str, str, str], Row] = {}
+        self._fullest: dict[tuple[Group, str], list[Row]] = {}
 
-    def add(self, row: Row) -> None:
+    def add(self, run: int, row: Row) -> None:
         """Adds what the host said about a case, or compares it with what is there."""
-        group = Group(row["benchmark"], row["protocol"], "", UNEDITED)
         probes = row["probes"]
-        if (group, row["case"]) not in self._seen:
-            self._seen[group, row["case"]] = (row["method"], probes)
-            by_metric = self._results.values.setdefault(group, {})
-            _sort(by_metric, (row["case"], 0), probes, "unedited", now=0)
-            return
-        method, earlier = self._seen[group, row["case"]]
-        alike = len(earlier) == len(probes) and all(map(_same, earlier, probes))
+        earlier = self._seen.setdefault((run, row["task"], row["stage"], row["case"]), row)
+        alike = len(earlier["probes"]) == len(probes) and all(map(_same, earlier["probes"], probes))
         if not alike:
             raise DataError(
-                f"the unedited host scores differently on case {row['case']!r} beside {method} and beside "
-                f"{row['method']} (seed {row['seed']}, {row['stage']}): the record mixes two hosts or two "
-                "machines; run it again in an empty folder"
+                f"the unedited host scores differently on case {row['case']!r} beside {earlier['method']} "
+                f"and beside {row['method']} ({row['stage']}): the record mixes two hosts or machines; run "
+                "it again in an empty folder"
             )
+        key = (Group(row["benchmark"], row["protocol"], "", UNEDITED), row["case"])
+        if len(probes) > len(self._fullest.get(key, [])):  # right after an edit, less may be asked
+            self._fullest[key] = probes
+
+    def finish(self) -> None:
+        """Sorts the scores of all cases."""
+        for (group, case), probes in self._fullest.items():
+            _sort(self._results.values.setdefault(group, {}), (case, 0), probes, "unedited", now=0)
 
 
 def _same(one: Row, other: Row) -> bool:
