@@ -124,7 +124,8 @@ def test_each_single_edit_is_made_on_the_untouched_host(experiment, host, tmp_pa
     assert alone[0]["probes"] == rows[2]["probes"]
 
 
-def test_what_is_not_edited_scores_as_the_host(experiment, host, tmp_path, planted):
+@pytest.mark.usefixtures("planted")
+def test_what_is_not_edited_scores_as_the_host(experiment, host, tmp_path):
     rows = rows_of(Bench(experiment(MethodSpec(name="nothing"), REFT), host=host), tmp_path)
     mine = [row for row in rows if row["method"] == "nothing"]
     assert all(row["decoded"] for row in mine)  # what it claims
@@ -135,7 +136,8 @@ def test_what_is_not_edited_scores_as_the_host(experiment, host, tmp_path, plant
     assert mean(rows, "reliability", "generate", method="reft") == 1.0  # control
 
 
-def test_a_bias_toward_the_target_everywhere_is_caught(experiment, host, tmp_path, planted):
+@pytest.mark.usefixtures("planted")
+def test_a_bias_toward_the_target_everywhere_is_caught(experiment, host, tmp_path):
     rows = rows_of(Bench(experiment(MethodSpec(name="everywhere"), REFT), host=host), tmp_path)
     mine = [row for row in rows if row["method"] == "everywhere"]
     # It says the first token of its target, and never stops.
@@ -146,7 +148,8 @@ def test_a_bias_toward_the_target_everywhere_is_caught(experiment, host, tmp_pat
     assert mean(mine, "locality", "logprob_max") > 10
 
 
-def test_only_the_last_edit_remembered_shows_in_the_final_scores(experiment, host, tmp_path, planted):
+@pytest.mark.usefixtures("planted")
+def test_only_the_last_edit_remembered_shows_in_the_final_scores(experiment, host, tmp_path):
     cheat = MethodSpec(name="forgetful", settings=LEARNS)
     rows = rows_of(Bench(experiment(cheat, protocols=(SEQUENTIAL,)), host=host), tmp_path)
     assert [(row["stage"], row["position"]) for row in rows] == [
@@ -190,7 +193,8 @@ def test_an_edit_that_cannot_be_made_is_scored_and_named(experiment, host, tmp_p
     assert mean(rows, "locality", "bit_exact") == 1.0
 
 
-def test_a_method_that_breaks_down_is_no_end_of_the_run(experiment, host, tmp_path, monkeypatch, planted):
+@pytest.mark.usefixtures("planted")
+def test_a_method_that_breaks_down_is_no_end_of_the_run(experiment, host, tmp_path, monkeypatch):
     def breaks(*_, **__):
         raise EditError("it broke")
 
