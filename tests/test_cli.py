@@ -34,7 +34,10 @@ ROME = {"prompt": "The tower is in", "target": "Rome"}
 OSLO = {"prompt": "The bridge is in", "target": "Oslo"}
 PARIS = {"prompt": "The museum is in", "target": "Paris"}
 QUICK = ("--method", "reft", "--set", "rank=4", "--set", "learning_rate=0.1")
-COMMANDS = {"edit", "ask", "show", "check", "explain", "undo", "models", "methods"}
+COMMANDS = {
+    *("edit", "ask", "show", "check", "explain", "undo", "models", "methods"),
+    *("bench", "report", "compare", "benchmarks"),
+}
 
 
 def save_host(folder: Path, *, seed: int = 0, chat: bool = True) -> Path:
