@@ -1,8 +1,12 @@
 """Methods that cheat, for a score to catch: each is registered by the test that plants it."""
 
+import os
+import signal
+import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from baft.errors import HostError
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder
 from baft.methods.baft import ReftEditor
@@ -74,3 +78,25 @@ class Forgetful(ReftEditor):
     def apply(self, request, *, on_step=None):
         self.reset()
         return super().apply(request, on_step=on_step)
+
+
+class Endless(Planted):
+    """Never comes to an end."""
+
+    def apply(self, request, *, on_step=None):
+        time.sleep(600)
+        raise AssertionError("nobody waits so long")
+
+
+class Deadly(Planted):
+    """Ends its process, as the system does where memory runs out."""
+
+    def apply(self, request, *, on_step=None):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Refusing(Planted):
+    """Fails in a way that is no matter of a single edit."""
+
+    def apply(self, request, *, on_step=None):
+        raise HostError("this host is not good enough")
