@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from baft.errors import HostError
@@ -80,12 +81,13 @@ class Forgetful(ReftEditor):
         return super().apply(request, on_step=on_step)
 
 
-class Endless(Planted):
-    """Never comes to an end."""
+class Patient(Planted):
+    """Waits until the folder of its host holds a file `go`."""
 
     def apply(self, request, *, on_step=None):
-        time.sleep(600)
-        raise AssertionError("nobody waits so long")
+        while not (Path(self.host.name) / "go").exists():
+            time.sleep(0.1)
+        return super().apply(request)
 
 
 class Deadly(Planted):

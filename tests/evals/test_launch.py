@@ -30,7 +30,7 @@ AGAIN = MethodSpec(
 )
 PROTOCOLS = (ProtocolSpec(kind="single"), ProtocolSpec(kind="sequential", size=3))
 FACTS = [("The tower is in", "Ro"), ("The king of France was", "Al"), ("Paris is in", "Be"), ("I am", "he")]
-PLANTED = {"endless": "Endless", "deadly": "Deadly", "refusing": "Refusing"}
+PLANTED = {"patient": "Patient", "deadly": "Deadly", "refusing": "Refusing"}
 STORE_BYTES = 80 * 2**20
 
 
@@ -157,47 +157,29 @@ def test_a_worker_that_is_killed_is_replaced(bench, serial, cluster, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_interrupted_goes_on_where_it_was(bench, bench_of, cluster, tmp_path, planted):
-    """Ctrl-C, while the driver waits for a block that never ends."""
-    single = (ProtocolSpec(kind="single"),)
-    endless = bench_of(REFT, MethodSpec(name="endless"), protocols=single)
-    interrupt = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        run_on_ray(
-            endless, tmp_path / "cut", address=cluster, on_block=lambda n, *_: n == 2 and interrupt.start()
-        )
-    assert not ray.is_initialized()
-    assert [row["method"] for row in read_rows(tmp_path / "cut")] == ["reft", "reft"]
-
-    stopped, serially = bench_of(REFT, AGAIN, protocols=single), tmp_path / "serially"
-    stopped.run(serially)
+def test_a_run_that_is_interrupted_goes_on_where_it_was(bench_of, host_folder, cluster, tmp_path, planted):
+    """Ctrl-C, while the driver waits for two workers that are at it."""
+    bench = bench_of(REFT, MethodSpec(name="patient"), protocols=PROTOCOLS[:1])
+    interrupt = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
 
     def stop(n, *_):
-        if n == 3:
-            raise KeyboardInterrupt
+        if n == 2:  # reft on two tasks; both workers are at the patient method now
+            interrupt.start()
 
     with pytest.raises(KeyboardInterrupt):
-        run_on_ray(stopped, tmp_path / "run", address=cluster, on_block=stop)
-    kept = (tmp_path / "run" / ROWS).read_text()
-    assert kept.count("\n") == 3
-    (tmp_path / "run" / ROWS).write_text(kept + kept.splitlines()[0][:50])  # as a kill would leave it
-    seen = []
-    run_on_ray(stopped, tmp_path / "run", address=cluster, on_block=lambda n, *_: seen.append(n))
-    assert seen == [4, 5, 6, 7, 8]
-    assert rows_of(tmp_path / "run") == rows_of(serially)
-    again = (tmp_path / "run" / ROWS).read_text()
-    assert set(kept.splitlines()) <= set(again.splitlines())  # seconds included: not done again
-
-
-@pytest.mark.slow
-def test_an_error_in_a_block_ends_the_run_and_keeps_what_is_done(bench_of, cluster, tmp_path, planted):
-    refusing = bench_of(REFT, MethodSpec(name="refusing"))
-    with pytest.raises(HostError, match="^this host is not good enough$") as caught:
-        run_on_ray(refusing, tmp_path / "run", address=cluster, n_workers=1)
-    assert type(caught.value) is HostError
-    assert "on the worker" in caught.value.__notes__[0]
-    assert [row["method"] for row in read_rows(tmp_path / "run")] == ["reft"]
+        run_on_ray(bench, tmp_path / "run", address=cluster, on_block=stop)
     assert not ray.is_initialized()
+    path = tmp_path / "run" / ROWS
+    kept = path.read_text()
+    assert [json.loads(row)["method"] for row in kept.splitlines()] == ["reft", "reft"]
+    path.write_text(kept + kept[:50])  # as a kill would leave it
+    (host_folder / "go").touch()
+    bench.run(tmp_path / "serial")
+    seen = []
+    run_on_ray(bench, tmp_path / "run", address=cluster, on_block=lambda n, *_: seen.append(n))
+    assert seen == [3, 4, 5, 6, 7, 8]
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "serial")
+    assert set(kept.splitlines()) <= set(path.read_text().splitlines())  # seconds included: not done again
 
 
 @pytest.mark.slow
@@ -219,14 +201,23 @@ def test_a_worker_with_another_host_is_refused(bench_of, cluster, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_an_address_a_cluster_is_started_here_and_stopped(bench, serial, tmp_path, monkeypatch):
+def test_an_error_in_a_block_ends_the_run_and_keeps_what_is_done(
+    bench_of, cluster, tmp_path, planted, monkeypatch
+):
+    """Without an address: on a cluster that is started on this machine, and stopped.
+
+    It comes last: Ray makes no actors in a process that goes back from one cluster to an earlier one.
+    """
     monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)  # as it is where nobody patched it
     monkeypatch.setattr(launch, "_STORE_BYTES", STORE_BYTES)
-    nodes = []
-    run_on_ray(bench, tmp_path / "run", n_workers=1, on_block=lambda *_: nodes.extend(ray.nodes()))
-    assert {(node["NodeManagerAddress"], node["Resources"]["CPU"]) for node in nodes} == {("127.0.0.1", 1.0)}
+    refusing, nodes = bench_of(REFT, MethodSpec(name="refusing")), []
+    with pytest.raises(HostError, match="^this host is not good enough") as caught:
+        run_on_ray(refusing, tmp_path / "run", n_workers=1, on_block=lambda *_: nodes.extend(ray.nodes()))
+    assert type(caught.value) is HostError
+    assert caught.value.__notes__[0].startswith("on the worker")
+    assert [row["method"] for row in read_rows(tmp_path / "run")] == ["reft"]
+    assert [(node["NodeManagerAddress"], node["Resources"]["CPU"]) for node in nodes] == [("127.0.0.1", 1.0)]
     assert not ray.is_initialized()
-    assert rows_of(tmp_path / "run") == serial
 
 
 def test_what_cannot_be_is_said_before_anything_is_started(bench, tmp_path, monkeypatch):
