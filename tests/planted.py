@@ -81,7 +81,7 @@ class Forgetful(ReftEditor):
         return super().apply(request, on_step=on_step)
 
 
-class Patient(Planted):
+class PatientEditor(Planted):
     """Waits until the folder of its host holds a file `go`."""
 
     def apply(self, request, *, on_step=None):
@@ -90,14 +90,14 @@ class Patient(Planted):
         return super().apply(request)
 
 
-class Deadly(Planted):
+class DeadlyEditor(Planted):
     """Ends its process, as the system does where memory runs out."""
 
     def apply(self, request, *, on_step=None):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Refusing(Planted):
+class RefusingEditor(Planted):
     """Fails in a way that is no matter of a single edit."""
 
     def apply(self, request, *, on_step=None):

@@ -19,7 +19,7 @@ from baft.errors import ConfigError, HostError
 from baft.evals import launch
 from baft.evals.experiment import BenchmarkSpec, Experiment, MethodSpec, ProtocolSpec
 from baft.evals.launch import run_on_ray
-from baft.evals.records import ROWS, read_manifest, read_rows
+from baft.evals.records import ROWS, difference, read_manifest, read_rows
 from baft.evals.runner import Bench
 from baft.methods.base import methods
 from tiny import CHATML, tiny_host, tiny_tokenizer
@@ -30,7 +30,7 @@ AGAIN = MethodSpec(
 )
 PROTOCOLS = (ProtocolSpec(kind="single"), ProtocolSpec(kind="sequential", size=3))
 FACTS = [("The tower is in", "Ro"), ("The king of France was", "Al"), ("Paris is in", "Be"), ("I am", "he")]
-PLANTED = {"patient": "Patient", "deadly": "Deadly", "refusing": "Refusing"}
+PLANTED = {"patient": "PatientEditor", "deadly": "DeadlyEditor", "refusing": "RefusingEditor"}
 STORE_BYTES = 80 * 2**20
 
 
@@ -122,42 +122,32 @@ def workers(state="ALIVE"):
 
 
 @pytest.mark.slow
-def test_two_nodes_make_the_record_of_a_serial_run(bench, serial, cluster, tmp_path):
-    seen, nodes = [], set()
+def test_two_nodes_make_the_serial_record_though_a_worker_is_killed(bench, serial, cluster, tmp_path):
+    seen, nodes, dead = [], set(), []
 
     def on_block(*told):
         seen.append(told)
         nodes.update(one["Address"]["NodeID"] for one in workers())
+        if told[0] == 2:
+            os.kill(workers()[0]["Pid"], signal.SIGKILL)
+        if told[0] == 12:
+            dead.extend(workers("DEAD"))
 
     run_on_ray(bench, tmp_path / "run", address=cluster, on_block=on_block)
     assert rows_of(tmp_path / "run") == serial
     assert [told[:2] for told in seen] == [(n, 12) for n in range(1, 13)]
     assert {told[2] for told in seen} == {f"{method.called} on {task.id}" for task, method in bench.blocks}
     assert len(nodes) == 2
-    assert read_manifest(tmp_path / "run") == json.loads(json.dumps(bench.manifest))
+    assert len(dead) == 1
+    assert difference(read_manifest(tmp_path / "run"), bench.manifest) is None
     assert not ray.is_initialized()
     # There is nothing left to do, so no cluster is asked.
     run_on_ray(bench, tmp_path / "run", address="127.0.0.1:1", on_block=lambda *_: pytest.fail("done twice"))
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_is_replaced(bench, serial, cluster, tmp_path):
-    seen = []
-
-    def on_block(n, *_):
-        seen.append(n)
-        if n == 2:
-            os.kill(workers()[0]["Pid"], signal.SIGKILL)
-        if n == 12:
-            seen.append(len(workers("DEAD")))
-
-    run_on_ray(bench, tmp_path / "run", address=cluster, on_block=on_block)
-    assert seen == [*range(1, 13), 1]
-    assert rows_of(tmp_path / "run") == serial
-
-
-@pytest.mark.slow
-def test_a_run_that_is_interrupted_goes_on_where_it_was(bench_of, host_folder, cluster, tmp_path, planted):
+@pytest.mark.usefixtures("planted")
+def test_a_run_that_is_interrupted_goes_on_where_it_was(bench_of, host_folder, cluster, tmp_path):
     """Ctrl-C, while the driver waits for two workers that are at it."""
     bench = bench_of(REFT, MethodSpec(name="patient"), protocols=PROTOCOLS[:1])
     interrupt = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
@@ -183,7 +173,8 @@ def test_a_run_that_is_interrupted_goes_on_where_it_was(bench_of, host_folder, c
 
 
 @pytest.mark.slow
-def test_a_block_that_kills_every_worker_ends_the_run(bench_of, cluster, tmp_path, planted, monkeypatch):
+@pytest.mark.usefixtures("planted")
+def test_a_block_that_kills_every_worker_ends_the_run(bench_of, cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "_MAX_DEATHS", 2)
     deadly = bench_of(REFT, MethodSpec(name="deadly"), protocols=(ProtocolSpec(kind="sequential", size=4),))
     with pytest.raises(HostError, match=r"2 workers died at deadly on jsonl/all:sequential\(4\):seed0:0"):
@@ -201,9 +192,8 @@ def test_a_worker_with_another_host_is_refused(bench_of, cluster, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_in_a_block_ends_the_run_and_keeps_what_is_done(
-    bench_of, cluster, tmp_path, planted, monkeypatch
-):
+@pytest.mark.usefixtures("planted")
+def test_an_error_in_a_block_ends_the_run_and_keeps_what_is_done(bench_of, cluster, tmp_path, monkeypatch):
     """Without an address: on a cluster that is started on this machine, and stopped.
 
     It comes last: Ray makes no actors in a process that goes back from one cluster to an earlier one.
