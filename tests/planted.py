@@ -1,8 +1,13 @@
 """Methods that cheat, for a score to catch: each is registered by the test that plants it."""
 
+import os
+import signal
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
+from baft.errors import HostError
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder
 from baft.methods.baft import ReftEditor
@@ -74,3 +79,26 @@ class Forgetful(ReftEditor):
     def apply(self, request, *, on_step=None):
         self.reset()
         return super().apply(request, on_step=on_step)
+
+
+class PatientEditor(Planted):
+    """Waits until the folder of its host holds a file `go`."""
+
+    def apply(self, request, *, on_step=None):
+        while not (Path(self.host.name) / "go").exists():
+            time.sleep(0.1)
+        return super().apply(request)
+
+
+class DeadlyEditor(Planted):
+    """Ends its process, as the system does where memory runs out."""
+
+    def apply(self, request, *, on_step=None):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class RefusingEditor(Planted):
+    """Fails in a way that is no matter of a single edit."""
+
+    def apply(self, request, *, on_step=None):
+        raise HostError("this host is not good enough")

@@ -37,6 +37,19 @@ def bench(
     limit: Annotated[
         int | None, typer.Option("--limit", "-n", min=1, help="No more cases than this of each benchmark.")
     ] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Share the work out to processes, with Ray.")] = False,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray-address",
+            metavar="HOST:PORT",
+            help="With --ray: a running cluster, or `auto`. [default: one on this machine, for this run]",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="With --ray: how many processes. [default: as many as fit]"),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -45,12 +58,18 @@ def bench(
     Every case is a row in RUN/rows.jsonl as soon as it is scored; the same command picks up where it was
     stopped. The report is written to RUN/report.md and RUN/report.html.
     """
+    for given, option in ((ray_address, "--ray-address"), (workers, "--workers")):
+        if given is not None and not ray:
+            raise typer.BadParameter("goes with --ray", param_hint=option)
     from dataclasses import replace
 
     from baft.evals.experiment import BenchmarkSpec, Experiment, MethodSpec, read_experiment
+    from baft.evals.launch import require_ray, run_on_ray
     from baft.evals.report import summary_rows, write_report
     from baft.evals.runner import Bench
 
+    if ray:
+        require_ray()
     terminal = Terminal(as_json=as_json, quiet=quiet)
     if experiment is None:
         found = Experiment(
@@ -67,7 +86,10 @@ def bench(
     with terminal.waiting(f"loading {found.model}"):
         ready = Bench(found, data=data)
     with terminal.counting(len(ready.blocks)) as counted:
-        ready.run(folder, on_block=counted)
+        if ray:
+            run_on_ray(ready, folder, address=ray_address, n_workers=workers, on_block=counted)
+        else:
+            ready.run(folder, on_block=counted)
     written = write_report([folder], folder)
     header, rows = summary_rows([folder])
     said = f"kept in {folder}; the report: {', '.join(str(path) for path in written)}"

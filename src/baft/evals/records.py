@@ -134,14 +134,22 @@ def _lines(rows: Sequence[Row]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """What another manifest says otherwise, in words; where and when it was run do not count."""
+    was, now = (json.loads(json.dumps(one)) for one in (there, here))
+    for key in sorted((was.keys() | now.keys()) - _PASSING):
+        if was.get(key) != now.get(key):
+            return f"{key} was {_short(was.get(key))} and is {_short(now.get(key))}"
+    return None
+
+
 def _require_same(folder: Path, manifest: Mapping[str, Any]) -> None:
-    there = read_manifest(folder)
-    for key in sorted((there.keys() | manifest.keys()) - _PASSING):
-        if there.get(key) != manifest.get(key):
-            raise ConfigError(
-                f"{folder} holds a record of another configuration: {key} was {_short(there.get(key))} "
-                f"and is {_short(manifest.get(key))}. Choose another folder (--out), or remove this one"
-            )
+    other = difference(read_manifest(folder), manifest)
+    if other is not None:
+        raise ConfigError(
+            f"{folder} holds a record of another configuration: {other}. "
+            "Choose another folder (--out), or remove this one"
+        )
 
 
 def _short(value: object, n_chars: int = 300) -> str:
