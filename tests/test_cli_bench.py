@@ -124,7 +124,7 @@ def test_benchmarks_are_listed():
     [
         ('name = "reft"\nlabel', 'name = "reff"\nlabel', "did you mean"),
         ('name = "jsonl"', 'name = "factz"', "did you mean 'facts'"),
-        ('"generate"', '"generat"', "scorers"),
+        ('"generate"', '"generator"', "scorers"),
         ("mine.jsonl", "gone.jsonl", "gone.jsonl"),
     ],
 )

@@ -408,7 +408,7 @@ def test_ways_of_asking(told):
     torch.manual_seed(0)
     sampled = [model.generate("A", max_new_tokens=6, do_sample=True, temperature=2.0) for _ in range(3)]
     assert len(set(sampled)) > 1
-    with pytest.raises(GenerationError, match="one reply a prompt, got num_return_sequences=3: give"):
+    with pytest.raises(GenerationError, match="every prompt has one reply, got num_return_sequences=3: give"):
         model.generate("A", do_sample=True, num_return_sequences=3)
     rich = model.generate(TOWER[0], max_new_tokens=3, return_dict_in_generate=True)
     assert rich == " Ro"

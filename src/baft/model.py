@@ -24,14 +24,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baft import artifact, config
 from baft.artifact import EditSet, StoredEdit
-from baft.errors import ArtifactError, ConfigError, EditError, GenerationError, InputError, UndoError
+from baft.errors import ArtifactError, ConfigError, EditError, InputError, UndoError
 from baft.hosts.edited_model import EditedModel, live_view
 from baft.hosts.embedded import EMBEDDED
 from baft.hosts.encoding import Messages
 from baft.hosts.identity import HostIdentity, compare, identify
 from baft.hosts.models import Host, load_host
 from baft.hosts.speaking import Speaker
-from baft.methods.base import Editor, GateReading, OnStep, methods
+from baft.methods.base import Capability, Editor, GateReading, OnStep, methods
 from baft.report import AppliedEdit, EditReport, TokenGates
 from baft.types import Edit, EditRequest, as_edits
 from baft.witness import Witness
@@ -157,6 +157,10 @@ class Model:
         unrelated = (unrelated,) if isinstance(unrelated, str) else tuple(unrelated)
         request = EditRequest(as_edits(prompt, target, subject), unrelated)
         editor = self._editor_for(method, preset, seed, settings)
+        if len(request.edits) > 1 and Capability.BATCH not in editor.capabilities:
+            raise ConfigError(
+                f"method {method} makes one edit at a time, got {len(request.edits)}: edit in a loop"
+            )
         known = {applied.edit.id for applied in self.edits}
         for edit in request.edits:
             if edit.id in known:
@@ -164,12 +168,16 @@ class Model:
         before = self._witness.says(request.edits)
         n_before, old = len(editor.requests), (self._editor, self._preset, self._decoded)
         try:
-            outcome = editor.apply(request, on_step=on_step)
+            with torch.inference_mode(False):  # training needs gradients wherever it is called
+                outcome = editor.apply(request, on_step=on_step)
             self._put_in_force(editor, preset, (*self._decoded, outcome.decoded))
             older = [one.edit for one in self.edits[: -len(request.edits)] if one.decoded]
-            return self._witness.report(
+            report = self._witness.report(
                 editor, preset, request, outcome, before=before, older=older, began=began
             )
+            decoded = tuple(row.decoded for row in report.rows)
+            self._put_in_force(editor, preset, (*self._decoded[:-1], decoded))
+            return report
         except BaseException as error:  # Ctrl-C included: nothing half-made stays in force
             if len(editor.requests) > n_before:
                 editor.undo()
@@ -233,14 +241,11 @@ class Model:
             InputError: If the prompt is blank or does not fit the context, or both or neither is given.
             GenerationError: For ways of generating under which an edit cannot be right.
         """
-        if generation.get("num_return_sequences", 1) != 1:
-            raise GenerationError(
-                f"generate gives one reply a prompt, got num_return_sequences="
-                f"{generation['num_return_sequences']}: give the prompt that many times"
-            )
+        if prompt is not None and not isinstance(prompt, str):
+            prompt = list(prompt)
         rows = self._speaker.rows(prompt, messages)
         texts = [self._speaker.text(ids) for ids in self._replies(rows, max_new_tokens, generation)]
-        return texts if isinstance(prompt, Sequence) and not isinstance(prompt, str) else texts[0]
+        return texts if isinstance(prompt, list) else texts[0]
 
     def logits(
         self, prompt: str | None = None, *, messages: Messages | None = None
@@ -250,7 +255,7 @@ class Model:
         return self._speaker.next_logits(self._edited, [row])[0]
 
     def check(self) -> list[tuple[AppliedEdit, str, bool]]:
-        """Asks every edit's prompt again: the edit, what the model says, and whether that is the target."""
+        """Asks every edit's prompt again, raw: the edit, what the model says, and whether that is the target."""
         eos = self._editor is not None and self._editor.trains_eos
         checked = self._witness.check([one.edit for one in self.edits], eos=eos)
         return [(one, text, says) for one, (text, says) in zip(self.edits, checked, strict=True)]
@@ -258,8 +263,11 @@ class Model:
     def explain(
         self, prompt: str | None = None, *, messages: Messages | None = None, max_new_tokens: int = 8
     ) -> tuple[TokenGates, ...]:
-        """The gates of every basis at every edited token of a prompt and its reply, by layer and edit."""
-        if self._editor is None or not self.edits:
+        """The gates of every basis at every edited token of a prompt and its reply, by layer and edit.
+
+        Without edits in force, such as inside `disabled()`, there are none.
+        """
+        if self._editor is None or not self.edits or self._edited.is_disabled:
             return ()
         [row] = self._speaker.rows(prompt, messages)
         reply = self._replies([row], max_new_tokens)[0] if max_new_tokens else []
@@ -321,6 +329,11 @@ class Model:
                 saved.host.name,
                 saved.host.dtype,
                 self.identity.dtype,
+            )
+        if saved.host.tokenizer_hash != self.identity.tokenizer_hash:
+            logger.warning(
+                "these edits were made with another tokenizer or chat template than this host's: check them "
+                "(baft check), or load the host with its own tokenizer"
             )
         kind = methods.get(saved.method)
         settings = config.from_dict(
@@ -403,6 +416,8 @@ def load(
                 "give host="
             )
         source = saved.host_source if host is None else host
+    elif isinstance(source, (str, os.PathLike)) and Path(source).suffix == artifact.SUFFIX:
+        raise ArtifactError(f"{os.fspath(source)} does not exist: check the path of the edit set")
     elif host is not None:
         raise ConfigError(f"host= goes with an artifact (NAME.baft), and {source!r} is none")
     found = load_host(source, dtype=dtype, device=device, accept_terms=accept_terms)

@@ -76,13 +76,22 @@ class Witness:
         """
         older = older[-_WATCHED_EDITS:]
         eos = editor.trains_eos
-        after = [text for text, _ in self.check(request.edits, eos=eos)]
+        after = self.check(request.edits, eos=eos)
         held = [says for _, says in self.check(older, eos=eos)]
         canaries, host = self._canaries
         mine = self._speaker.next_logits(self._edited, canaries)
         rows = tuple(
-            EditRow(edit.id, edit.prompt, edit.target, was, now, decoded, margin, self._gate(editor, edit))
-            for edit, was, now, decoded, margin in zip(
+            EditRow(
+                edit.id,
+                edit.prompt,
+                edit.target,
+                was,
+                now,
+                decoded and says,
+                margin,
+                self._gate(editor, edit),
+            )
+            for edit, was, (now, says), decoded, margin in zip(
                 request.edits, before, after, outcome.decoded, outcome.margins, strict=True
             )
         )
@@ -113,6 +122,8 @@ class Witness:
         readings = editor.explain((*text.prompt_ids, *text.target_ids), len(text.prompt_ids))
         largest: dict[int, float] = {}
         for reading in readings:
+            if reading.edit_id not in (edit.id, None):
+                continue
             largest[reading.position] = max(largest.get(reading.position, 0.0), *reading.weights)
         return sum(largest.values()) / len(largest) if largest else 0.0
 

@@ -9,7 +9,7 @@ The `codec` knows these files, the `store` keeps them in their folder, and the `
 
 from baft.artifact.codec import CONFIG, EDITS, FILES, SCHEMA_VERSION, STATE, EditSet, StoredEdit
 from baft.artifact.hub import fetch_from_hub, push_to_hub
-from baft.artifact.store import SUFFIX, is_artifact, read, write
+from baft.artifact.store import SUFFIX, delete, is_artifact, read, write
 
 __all__ = [
     "CONFIG",
@@ -20,6 +20,7 @@ __all__ = [
     "SUFFIX",
     "EditSet",
     "StoredEdit",
+    "delete",
     "fetch_from_hub",
     "is_artifact",
     "push_to_hub",

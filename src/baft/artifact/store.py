@@ -67,6 +67,24 @@ def read(path: str | Path) -> EditSet:
     return read_with_files(Path(path))[0]
 
 
+def delete(path: str | Path) -> None:
+    """Removes an artifact and what was kept of those it replaced; files of others are never removed.
+
+    Raises:
+        ArtifactError: If something else is in the folder, or the disk refuses.
+    """
+    given = Path(path)
+    folder = _real(given)
+    try:
+        _require_free(folder, given)
+        for one in (*_siblings(folder, "old"), folder):  # the artifact last: till then it can be read
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(one, trash := _sibling(folder, "tmp"))
+                shutil.rmtree(trash, ignore_errors=True)
+    except OSError as error:
+        raise ArtifactError(f"{given} was not deleted: {error.strerror or error}") from error
+
+
 def is_artifact(path: str | Path) -> bool:
     """Tells whether a path is meant to be an artifact; only `read` tells whether it is a sound one."""
     folder = _real(Path(path))

@@ -5,7 +5,6 @@ Torch and transformers are imported by the commands that need them, so that `baf
 
 import io
 import os
-import shutil
 import sys
 import warnings
 from dataclasses import asdict
@@ -227,7 +226,7 @@ def check(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Ask every saved edit again.
+    """Ask every saved edit's prompt again, raw.
 
     The exit code is 1 if one of them is not said any more.
     """
@@ -296,6 +295,7 @@ def undo(
     A request is one edit, or one batch. Saved edits are never empty: to take back all of them is to delete
     ARTIFACT, which --delete allows.
     """
+    from baft.artifact import delete as delete_artifact
     from baft.artifact import read
 
     terminal = Terminal(as_json=as_json, quiet=quiet)
@@ -310,7 +310,7 @@ def undo(
     if n == n_requests:
         if not delete:
             raise UndoError(f"no edit would be left in {artifact}: undo with --delete deletes it")
-        shutil.rmtree(os.path.realpath(artifact))
+        delete_artifact(artifact)
         gone, place = [one.edit for one in reversed(saved.edits)], None
     else:
         place = save or artifact

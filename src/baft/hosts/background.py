@@ -198,7 +198,8 @@ def _cache_path(host: Host, encoder: Encoder, sites: Sequence[Site]) -> Path:
     text = repr(
         (sorted(background_text().items()), encoder.has_chat, [site.layer for site in sites], _FORMAT)
     )
-    name = hashlib.sha256(f"{identity.weights_hash}{identity.tokenizer_hash}{text}".encode()).hexdigest()[:32]
+    host_hash = identity.weights_hash + identity.config_hash + identity.dtype + identity.tokenizer_hash
+    name = hashlib.sha256(f"{host_hash}{text}".encode()).hexdigest()[:32]
     return cache_folder() / "background" / f"{name}.safetensors"
 
 

@@ -111,7 +111,7 @@ class EditedModel:
     @property
     def is_enabled(self) -> bool:
         """Whether edits are in force here: not inside `disabled()`, and there are any."""
-        return self not in _disabled.get() and any(self._interventions.values())
+        return not self.is_disabled and any(self._interventions.values())
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -360,7 +360,11 @@ def live_view(edited: EditedModel) -> PreTrainedModel:
         given |= given.pop(_catch_all(signature), {})
         return edited._run(host.forward, given, n_prompt_tokens)
 
-    def generate(self: Any, inputs: Tensor | None = None, **arguments: Any) -> Any:
+    def generate(
+        self: Any, inputs: Tensor | None = None, generation_config: Any = None, **arguments: Any
+    ) -> Any:
+        if generation_config is not None:
+            arguments["generation_config"] = generation_config
         if self.generation_config is not whole.generation_config:  # the view was given one of its own
             arguments.setdefault("generation_config", self.generation_config)
         ids = arguments.pop("input_ids", inputs)

@@ -139,13 +139,25 @@ class Encoder:
         if joint[: len(prompt_ids)] == prompt_ids:
             target_ids = joint[len(prompt_ids) :]
         else:
-            target_ids = self._ids(seam + target, special=False)
+            target_ids = self._inside(seam + target)
         if not target_ids:
             raise InputError(f"the target {target!r} has no tokens for this host: give a visible text")
         if eos and target_ids[-1] != (end := self.end_of_turn(chat=chat)):
             target_ids = (*target_ids, end)
         self._fits((*prompt_ids, *target_ids))
         return EncodedEdit(prompt_ids, target_ids, chat)
+
+    def _inside(self, text: str) -> tuple[int, ...]:
+        """The tokens of a text that stands inside another.
+
+        Some tokenizers put a space before whatever they are given (SentencePiece's dummy prefix); a digit and a
+        line break before the text take it, and are cut off again.
+        """
+        prefix = "1\n"
+        before, joint = (self._ids(one, special=False) for one in (prefix, prefix + text))
+        if joint[: len(before)] == before:
+            return joint[len(before) :]
+        return self._ids(text, special=False)
 
     def end_of_turn(self, *, chat: bool) -> int:
         """The token that ends a text, or a turn where the chat template ends turns with another.

@@ -49,7 +49,7 @@ class HostIdentity:
     Attributes:
         name: What the host was called; for messages, never compared.
         architecture: Class of the model.
-        config_hash: Of what the config says about the computation.
+        config_hash: Of what the config says about the computation, and of which adapters are active.
         weights_hash: Of 16 values of every parameter, exactly as they are.
         cast_hashes: Of the same values rounded to bfloat16 and to float16.
         n_parameters: How many parameters the hashes cover; offloaded ones are out of reach.
@@ -123,7 +123,7 @@ def identify(host: Host) -> HostIdentity:
     return HostIdentity(
         name=host.name,
         architecture=type(base).__name__,
-        config_hash=_digest(_relevant(base.config.to_dict())),
+        config_hash=_digest(_relevant(base.config.to_dict() | {"adapters": _adapters(model)})),
         weights_hash=_weights_hash(values),
         cast_hashes={_name(dtype): _weights_hash(values, dtype) for dtype in _CASTS},
         n_parameters=len(values),
@@ -204,6 +204,12 @@ def _common(expected: HostIdentity, actual: HostIdentity) -> list[str]:
 
 def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps the model
+
+
+def _adapters(model: Any) -> list[str]:
+    """Which adapters of a PEFT host are active, and whether they are switched off; they are no parameters."""
+    tuned = [module for module in model.modules() if hasattr(module, "merged_adapters")]
+    return sorted({f"{sorted(one.active_adapters)}, disabled: {bool(one.disable_adapters)}" for one in tuned})
 
 
 def _mismatch(expected: HostIdentity, actual: HostIdentity, what: str) -> HostMismatchError:

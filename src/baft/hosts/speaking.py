@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from baft.errors import InputError
+from baft.errors import GenerationError, InputError
 from baft.hosts.architecture import find_architecture
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder, Messages
@@ -52,11 +52,21 @@ class Speaker:
     ) -> list[list[int]]:
         """The reply to each row, up to and with the token that ends it; greedy unless told otherwise.
 
-        A reply ends where the host's context does.
+        A reply ends where the host's context does. Penalties that a host's own settings put on repetition do
+        not count unless they are asked for: what an edit is trained to say must be what is said.
 
         Raises:
             InputError: If no reply is asked for, or a row leaves no room for one.
+            GenerationError: If several replies a row are asked for, or settings are not given as keywords.
         """
+        generation = dict(generation or {})
+        if generation.get("generation_config") is not None:
+            raise GenerationError("generation_config= is not taken here: give its settings as keywords")
+        if generation.get("num_return_sequences", 1) != 1:
+            raise GenerationError(
+                "every prompt has one reply, got num_return_sequences="
+                f"{generation['num_return_sequences']}: give the prompt that many times"
+            )
         if max_new_tokens < 1:
             raise InputError(f"a reply has at least one token, got max_new_tokens={max_new_tokens}")
         longest, limit = max(len(row) for row in rows), self.encoder.max_tokens
@@ -66,11 +76,15 @@ class Speaker:
                     f"the prompt is {longest} tokens long and fills this host's context of {limit}: shorten "
                     "it, so that a reply fits"
                 )
+            if len(rows) > 1 and longest + max_new_tokens > limit:  # or a long row would cut the others short
+                return [self.replies(edited, [row], max_new_tokens, generation)[0] for row in rows]
             max_new_tokens = min(max_new_tokens, limit - longest)
         batch = self.encoder.pad(rows, [len(row) for row in rows], side="left", device=self.device)
         stops = self.encoder.stop_ids()
         settings = {
             "do_sample": False,
+            "repetition_penalty": 1.0,
+            "no_repeat_ngram_size": 0,
             "eos_token_id": list(stops) or None,
             "pad_token_id": self.encoder.pad_id,
         }
@@ -78,7 +92,7 @@ class Speaker:
             batch.input_ids,
             attention_mask=batch.attention_mask,
             max_new_tokens=max_new_tokens,
-            **{**settings, **(generation or {})},
+            **{**settings, **generation},
         )
         sequences = out if isinstance(out, Tensor) else out.sequences
         found = []
@@ -91,6 +105,7 @@ class Speaker:
     def next_logits(self, edited: EditedModel, rows: Sequence[Row]) -> Float[Tensor, "row vocab"]:
         """The logits of the token after each row."""
         batch = self.encoder.pad(rows, [len(row) for row in rows], side="right", device=self.device)
+        # At every position, as whoever calls the host gets them: a product of another shape rounds otherwise.
         output = edited(
             batch.input_ids,
             batch.attention_mask,

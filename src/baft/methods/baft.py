@@ -84,9 +84,15 @@ class BaftEditor(Editor):
         trained = self._bases.start(request, run, texts, negatives)
         penalty = self._bases.penalty(trained, negatives, len(self.requests) + 1)
         result = train(run, trained, self._bases.beside(), self.config, penalty=penalty, on_step=on_step)
-        self._bases.commit(run, trained)
-        self.requests = (*self.requests, request)
-        self._edited.interventions = self._bases.in_force()
+        kept, requests = self._bases.state, self.requests
+        try:
+            self._bases.commit(run, trained)
+            self.requests = (*requests, request)
+            self._edited.interventions = self._bases.in_force()
+        except BaseException:  # Ctrl-C between two of these lines
+            self._bases.state, self.requests = kept, requests
+            self._edited.interventions = self._bases.in_force()
+            raise
         n_rows = len(texts) // len(request.edits)
         margins = tuple(min(result.margins[i : i + n_rows]) for i in range(0, len(texts), n_rows))
         return EditOutcome(
@@ -122,7 +128,9 @@ class BaftEditor(Editor):
         seen = Recording()
         with torch.no_grad():
             self._edited(row, n_prompt_tokens=row.new_tensor([n_prompt_tokens]), recording=seen)
-        places = seen.masks[0][0].nonzero().flatten().tolist()
+        places = seen.masks[0][0].nonzero().flatten().tolist() if seen.masks else []
+        if not places:
+            return ()
         owners = self._bases.owners(self.requests)
         readings: list[GateReading] = []
         for site, (part, *_) in self._edited.interventions.items():

@@ -6,7 +6,8 @@ Both begin an edit (what is trained), commit it, take it back, and write themsel
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from functools import cached_property
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -50,7 +51,11 @@ class Frame:
 
     def device(self, site: Site) -> torch.device:
         """Where the states of a site live."""
-        return site_device(self.host.model, site)
+        return self._devices[site]
+
+    @cached_property
+    def _devices(self) -> Mapping[Site, torch.device]:
+        return {site: site_device(self.host.model, site) for site in self.sites}
 
     def identity(self, site: Site, gate: Gate, owners: Sequence[str | None]) -> SubspaceIntervention:
         """Random bases that change nothing yet: `A = R`, `b = 0`.
@@ -110,6 +115,15 @@ class Bases(ABC):
     def __init__(self, frame: Frame):
         self.frame = frame
 
+    @property
+    @abstractmethod
+    def state(self) -> Any:
+        """All that a commit changes; a commit replaces it and leaves it as it is, so that it can be put back."""
+
+    @state.setter
+    @abstractmethod
+    def state(self, state: Any) -> None: ...
+
     @abstractmethod
     def start(
         self, request: EditRequest, run: FullPass, texts: Sequence[EncodedEdit], negatives: Background | None
@@ -162,6 +176,15 @@ class OwnBases(Bases):
         self._by_request: list[Layers] = []  # blocks in the order of the request's edits
         self._fitted: tuple[Background, Mapping[Site, ClosedFormGates]] | None = None
         self._fused: Mapping[Site, Parts] = {}
+
+    @property
+    def state(self) -> Any:
+        """The blocks, by request and joined."""
+        return self._by_request, self._fused
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._by_request, self._fused = state
 
     def start(
         self, request: EditRequest, run: FullPass, texts: Sequence[EncodedEdit], negatives: Background | None
@@ -250,6 +273,15 @@ class SharedBases(Bases):
         super().__init__(frame)
         self._now: tuple[Layers, Loads] | None = None
         self._before: list[tuple[Layers, Loads] | None] = []
+
+    @property
+    def state(self) -> Any:
+        """The block in force and the snapshots before it."""
+        return self._now, self._before
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._now, self._before = state
 
     def start(
         self, request: EditRequest, run: FullPass, texts: Sequence[EncodedEdit], negatives: Background | None

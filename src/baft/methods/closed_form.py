@@ -78,7 +78,8 @@ class ClosedFormGates:
         """The gates of one edit's bases, in float64.
 
         Basis k opens at key k and, where there are more keys than bases, at keys k + rank, k + 2 rank ..;
-        where there are fewer, several bases share a key. A gate's midpoint keeps clear of the score that
+        where there are fewer, several bases share a key. Keys that share a basis are set against the
+        background of the first one's slot. A gate's midpoint keeps clear of the score that
         ordinary states reach, and those of the user's unrelated prompts above all.
 
         Args:
@@ -94,10 +95,9 @@ class ClosedFormGates:
             scores = (self.states @ u + c) / config.gate_sharpness
             lowest = config.output_midpoint if slots[k] == Slot.TEXT else config.gate_midpoint
             ordinary = torch.quantile(scores, _ORDINARY_QUANTILE).item()
-            midpoint = max(lowest, ordinary + config.gate_clearance)
             if bool(self._unrelated.any()):
-                theirs = scores[self._unrelated].max().item()
-                midpoint = max(midpoint, min(theirs + config.gate_clearance, _HIGHEST_MIDPOINT))
+                ordinary = max(ordinary, scores[self._unrelated].max().item())
+            midpoint = max(lowest, min(ordinary + config.gate_clearance, _HIGHEST_MIDPOINT))
             gates.append((u, c - config.gate_sharpness * midpoint))
         U, c = (torch.stack(parts) for parts in zip(*gates, strict=True))
         spread = torch.arange(config.rank, device=keys.device) % len(gates)

@@ -260,6 +260,11 @@ def _step(
 ) -> None:
     # Only what is trained gets a gradient, whether or not the host's weights ask for one. A basis behind
     # a shut gate has none; its gradient is zero.
+    if not loss.requires_grad:
+        raise EditError(
+            "no gate opens at the edit, so that there is nothing to train: lower gate_threshold, gate_midpoint "
+            "or gate_clearance, or raise gate_sharpness"
+        )
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
