@@ -34,7 +34,10 @@ ROME = {"prompt": "The tower is in", "target": "Rome"}
 OSLO = {"prompt": "The bridge is in", "target": "Oslo"}
 PARIS = {"prompt": "The museum is in", "target": "Paris"}
 QUICK = ("--method", "reft", "--set", "rank=4", "--set", "learning_rate=0.1")
-COMMANDS = {"edit", "ask", "show", "check", "explain", "undo", "models", "methods"}
+COMMANDS = {
+    *("edit", "ask", "show", "check", "explain", "undo", "models", "methods"),
+    *("bench", "report", "compare", "benchmarks"),
+}
 
 
 def save_host(folder: Path, *, seed: int = 0, chat: bool = True) -> Path:
@@ -155,7 +158,9 @@ def test_without_a_command_the_help_is_shown() -> None:
 
 
 def test_help_needs_neither_torch_nor_transformers() -> None:
-    program = "import sys, baft.cli; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    program = (
+        "import sys, baft.cli; print(sorted({'torch', 'transformers', 'numpy', 'ray'} & set(sys.modules)))"
+    )
     env = {**os.environ, "PYTHONPATH": str(Path(baft.__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=env, check=True

@@ -67,6 +67,8 @@ def test_a_file_is_read(tmp_path):
         ("limit = 5", "limits = 5", "limits"),
         ("limit = 5", 'limit = "5"', "limit"),
         ('kind = "single"', 'kind = "single"\nsize = 2', "single edits come one at a time, got size=2"),
+        ('kind = "single"', 'kind = "single"\nimmediate = "reliability"', "single edits are scored once"),
+        ("limit = 5", "probes_per_tag = 0", "probes_per_tag of benchmark 'facts' must be at least 1, got 0"),
         ("size = 2", "size = 0", "size is at least 1, got 0"),
         ('preset = "paper"', "", "'baft' stands twice among the methods"),
         ("seeds = [0, 3]", "seeds = []", "has no seeds: give at least one"),

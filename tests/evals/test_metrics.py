@@ -36,7 +36,8 @@ def test_the_table_holds_the_names_that_records_use() -> None:
     for how in ("generate", "generate_chat"):
         hows += [how, f"{how}_contains", f"{how}_stopped"]
     expected = {f"{kind}@{how}" for kind in ("reliability", "generality", "portability") for how in hows}
-    locality = ("argmax", "text", "text_chat", "bit_exact", "logprob_max", "logprob_mean", "bleed")
+    locality = ["argmax", "text", "text_chat", "bit_exact", "logprob_max", "logprob_mean"]
+    locality += ["bleed", "bleed_chat"]
     expected |= {f"locality@{how}" for how in locality}
     expected |= {"fluency", "perplexity_ratio", "false_fires_tokens", "false_fires_texts", "sentiment"}
     assert set(METRICS) == expected
@@ -55,7 +56,7 @@ def test_every_metric_says_what_it_is_in_a_sentence(name: str) -> None:
 
 def test_lower_is_better_exactly_for_harm() -> None:
     lower = {name for name, spec in METRICS.items() if spec.better == "lower"}
-    changes = {"locality@logprob_max", "locality@logprob_mean", "locality@bleed"}
+    changes = {"locality@logprob_max", "locality@logprob_mean", "locality@bleed", "locality@bleed_chat"}
     assert lower == changes | {"perplexity_ratio", "false_fires_tokens", "false_fires_texts"}
 
 

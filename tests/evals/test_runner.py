@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,8 @@ def test_each_single_edit_is_made_on_the_untouched_host(experiment, host, tmp_pa
     assert alone[0]["probes"] == rows[2]["probes"]
 
 
-def test_what_is_not_edited_scores_as_the_host(experiment, host, tmp_path, planted):
+@pytest.mark.usefixtures("planted")
+def test_what_is_not_edited_scores_as_the_host(experiment, host, tmp_path):
     rows = rows_of(Bench(experiment(MethodSpec(name="nothing"), REFT), host=host), tmp_path)
     mine = [row for row in rows if row["method"] == "nothing"]
     assert all(row["decoded"] for row in mine)  # what it claims
@@ -134,7 +136,8 @@ def test_what_is_not_edited_scores_as_the_host(experiment, host, tmp_path, plant
     assert mean(rows, "reliability", "generate", method="reft") == 1.0  # control
 
 
-def test_a_bias_toward_the_target_everywhere_is_caught(experiment, host, tmp_path, planted):
+@pytest.mark.usefixtures("planted")
+def test_a_bias_toward_the_target_everywhere_is_caught(experiment, host, tmp_path):
     rows = rows_of(Bench(experiment(MethodSpec(name="everywhere"), REFT), host=host), tmp_path)
     mine = [row for row in rows if row["method"] == "everywhere"]
     # It says the first token of its target, and never stops.
@@ -145,7 +148,8 @@ def test_a_bias_toward_the_target_everywhere_is_caught(experiment, host, tmp_pat
     assert mean(mine, "locality", "logprob_max") > 10
 
 
-def test_only_the_last_edit_remembered_shows_in_the_final_scores(experiment, host, tmp_path, planted):
+@pytest.mark.usefixtures("planted")
+def test_only_the_last_edit_remembered_shows_in_the_final_scores(experiment, host, tmp_path):
     cheat = MethodSpec(name="forgetful", settings=LEARNS)
     rows = rows_of(Bench(experiment(cheat, protocols=(SEQUENTIAL,)), host=host), tmp_path)
     assert [(row["stage"], row["position"]) for row in rows] == [
@@ -155,6 +159,21 @@ def test_only_the_last_edit_remembered_shows_in_the_final_scores(experiment, hos
     assert mean(rows, "reliability", "generate", stage="immediate") == 1.0
     assert mean(rows, "reliability", "generate", stage="final", position=2) == 1.0
     assert mean(rows, "reliability", "generate", stage="final") == pytest.approx(1 / 3)
+
+
+def test_less_may_be_asked(experiment, host, file, tmp_path):
+    few = BenchmarkSpec(name="jsonl", file=str(file), probes_per_tag=1)
+    protocol = ProtocolSpec(kind="sequential", size=3, immediate="reliability")
+    rows = rows_of(Bench(replace(experiment(protocols=(protocol,)), benchmarks=(few,)), host=host), tmp_path)
+    asked = {row["stage"]: [(probe["kind"], probe["tag"]) for probe in row["probes"]] for row in rows}
+    assert asked["immediate"] == [("reliability", "edit")]
+    assert asked["final"] == [
+        ("reliability", "edit"),
+        ("generality", "space"),
+        ("generality", ""),
+        ("locality", ""),
+        ("portability", ""),
+    ]
 
 
 def test_edits_of_a_batch_hold_together(experiment, host, tmp_path):
@@ -174,7 +193,8 @@ def test_an_edit_that_cannot_be_made_is_scored_and_named(experiment, host, tmp_p
     assert mean(rows, "locality", "bit_exact") == 1.0
 
 
-def test_a_method_that_breaks_down_is_no_end_of_the_run(experiment, host, tmp_path, monkeypatch, planted):
+@pytest.mark.usefixtures("planted")
+def test_a_method_that_breaks_down_is_no_end_of_the_run(experiment, host, tmp_path, monkeypatch):
     def breaks(*_, **__):
         raise EditError("it broke")
 

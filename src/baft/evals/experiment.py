@@ -1,15 +1,16 @@
 """An experiment: one TOML file that says what is run, and the tasks that it comes to."""
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from baft.config import from_dict, read_toml
 from baft.data.base import Benchmark, benchmarks
 from baft.errors import ConfigError
-from baft.types import EditCase
+from baft.types import EditCase, Probe
 
 Scorer = Literal["teacher_forced", "generate", "generate_chat", "gates"]
 Stage = Literal["immediate", "final"]
@@ -25,6 +26,10 @@ class BenchmarkSpec:
         limit: How many cases; None takes all.
         seed: Draws the cases from the split; None takes them in the order of the file.
         file: For `jsonl`: the file.
+        probes_per_tag: Of each case no more probes of one kind and tag than this; None asks all.
+
+    Raises:
+        ConfigError: If a number is not positive.
     """
 
     name: str
@@ -32,6 +37,20 @@ class BenchmarkSpec:
     limit: int | None = None
     seed: int | None = None
     file: str | None = None
+    probes_per_tag: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "probes_per_tag"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} of benchmark {self.name!r} must be at least 1, got {value}")
+
+    def cases(self, benchmark: Benchmark, split: str) -> tuple[EditCase, ...]:
+        """The cases with the probes that are asked."""
+        found = benchmark.cases(split, limit=self.limit, seed=self.seed)
+        if self.probes_per_tag is None:
+            return found
+        return tuple(replace(case, probes=_first_of_each(case.probes, self.probes_per_tag)) for case in found)
 
     def load(self, data: Path | None) -> Benchmark:
         """The benchmark, whose files are looked for in `data`."""
@@ -69,6 +88,8 @@ class ProtocolSpec:
             `sequential`: `size` edits one after another on one model, each scored right after it was made
             and again after the last. After each chunk the host is untouched again.
         size: Edits in a chunk; the last chunk of a benchmark may be smaller.
+        immediate: What is asked right after each edit of a sequence: all probes, or the edit's own prompt
+            alone, for a tenth of the cost.
 
     Raises:
         ConfigError: If the size is not positive, or given for `single`.
@@ -76,6 +97,7 @@ class ProtocolSpec:
 
     kind: Literal["single", "batched", "sequential"]
     size: int = 1
+    immediate: Literal["all", "reliability"] = "all"
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -83,6 +105,10 @@ class ProtocolSpec:
         if self.kind == "single" and self.size != 1:
             raise ConfigError(
                 f"single edits come one at a time, got size={self.size}: use batched or sequential"
+            )
+        if self.kind != "sequential" and self.immediate != "all":
+            raise ConfigError(
+                f"{self.kind} edits are scored once, got immediate={self.immediate!r}: leave it out"
             )
 
     @property
@@ -123,7 +149,7 @@ class Experiment:
     seeds: tuple[int, ...] = (0,)
     scorers: tuple[Scorer, ...] = ("teacher_forced", "generate", "generate_chat", "gates")
     max_new_tokens: int = 16
-    batch_size: int = 16
+    batch_size: int = 64
     texts: int = 0
 
     def __post_init__(self) -> None:
@@ -145,6 +171,17 @@ class Experiment:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.texts < 0:
             raise ConfigError(f"texts must be 0 or more, got {self.texts}")
+
+
+def _first_of_each(probes: Sequence[Probe], n: int) -> tuple[Probe, ...]:
+    """The first `n` probes of each kind and tag."""
+    counts: Counter[tuple[str, str]] = Counter()
+    kept = []
+    for probe in probes:
+        counts[probe.kind, probe.tag] += 1
+        if counts[probe.kind, probe.tag] <= n:
+            kept.append(probe)
+    return tuple(kept)
 
 
 def read_experiment(path: Path) -> Experiment:

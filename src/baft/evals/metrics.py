@@ -140,6 +140,13 @@ _SPECS = (
         "host's does not.",
     ),
     MetricSpec(
+        "locality@bleed_chat",
+        "locality",
+        "lower",
+        "On an unrelated prompt inside the chat template, whether the greedy reply holds the edit's new "
+        "target where the unedited host's does not.",
+    ),
+    MetricSpec(
         "fluency",
         "run",
         "higher",

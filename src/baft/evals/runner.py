@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -33,17 +33,11 @@ logger = logging.getLogger(__name__)
 
 HELD_OUT = "general/wikitext-2-test.txt"
 _TEXT_WORDS = 80  # a paragraph this long has 100 tokens
+_CASES_AT_ONCE = 25  # asked in one call; their probes share batches
+_CASES_KEPT = 250  # of the untouched host, whose logits take some 10 MB a case
 _PACKAGES = ("baft", "torch", "transformers", "tokenizers", "numpy", "peft")
 
 OnBlock = Callable[[int, int, str], None]  # blocks done, blocks in all, the one that was done
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """What was asked of the untouched host about one case."""
-
-    probes: tuple[Probe, ...]
-    seen: tuple[Observation, ...]
 
 
 class Bench:
@@ -72,7 +66,7 @@ class Bench:
             split = benchmark.splits[0] if spec.split is None else spec.split
             name = f"{benchmark.name}/{split}"
             self.benchmarks[name] = benchmark
-            self.cases[name] = benchmark.cases(split, limit=spec.limit, seed=spec.seed)
+            self.cases[name] = spec.cases(benchmark, split)
         self.tasks = tuple(tasks_of(experiment, self.cases))
         self._texts = held_out_texts(data, experiment.texts)
         self.host = load_host(experiment.model, dtype=experiment.dtype) if host is None else host
@@ -84,7 +78,7 @@ class Bench:
         )
         self._wanted = frozenset(experiment.scorers) - {"gates"}
         self._editors: dict[tuple[str, int], Editor] = {}
-        self._before: tuple[str, dict[str, _Asked]] = ("", {})
+        self._before: dict[tuple[tuple[str, ...], int], Sequence[Observation]] = {}
 
     @property
     def blocks(self) -> list[tuple[Task, MethodSpec]]:
@@ -145,47 +139,63 @@ class Bench:
         """The rows of one method on one task: one a case and stage."""
         editor = self._editor(method, task.seed)
         editor.reset()
-        before = self._asked(task)
         rows: list[Row] = []
 
-        def score(case: EditCase, stage: Stage, position: int, made: "_Made") -> None:
-            asked = before[case.id]
-            after = self._asker.observe(editor.edited, asked.probes, self._wanted, before=asked.seen)
-            found = zip(asked.probes, asked.seen, after, strict=True)
-            probes = [_probe_row(case, *one) | self._gate(editor, one[0]) for one in found]
-            rows.append(
-                {
-                    "task": task.id,
-                    "method": method.called,
-                    "benchmark": task.benchmark,
-                    "protocol": task.protocol.called,
-                    "seed": task.seed,
-                    "chunk": task.chunk,
-                    "stage": stage,
-                    "position": position,
-                    "case": case.id,
-                    "edit": case.edit.to_dict(),
-                    **made.as_row(case),
-                    "probes": probes,
-                }
-            )
+        def score(cases: Sequence[EditCase], made: Sequence["_Made"], stage: Stage, first: int = 0) -> None:
+            lone = task.protocol.immediate == "reliability" and stage == "immediate"
+            for place, (case, found) in enumerate(self._probe_rows(editor, cases, lone=lone)):
+                rows.append(
+                    {
+                        "task": task.id,
+                        "method": method.called,
+                        "benchmark": task.benchmark,
+                        "protocol": task.protocol.called,
+                        "seed": task.seed,
+                        "chunk": task.chunk,
+                        "stage": stage,
+                        "position": first + place,
+                        "case": case.id,
+                        "edit": case.edit.to_dict(),
+                        **made[place].as_row(case),
+                        "probes": found,
+                    }
+                )
 
         if task.protocol.kind == "sequential":
             made: list[_Made] = []
             for position, case in enumerate(task.cases):
                 made.append(_make(editor, [case]))
-                score(case, "immediate", position, made[-1])
-            for position, case in enumerate(task.cases):
-                score(case, "final", position, made[position])
+                score([case], made[-1:], "immediate", position)
+            score(task.cases, made, "final")
         else:
-            together = _make(editor, task.cases)
-            for position, case in enumerate(task.cases):
-                score(case, "immediate", position, together)
+            score(task.cases, [_make(editor, task.cases)] * len(task.cases), "immediate")
         if self._texts:
-            fires = false_fires(self.host, editor.edited, self._texts)
-            rows[-1]["false_fires"] = asdict(fires)
+            rows[-1]["false_fires"] = asdict(false_fires(self.host, editor.edited, self._texts))
         editor.reset()
         return rows
+
+    def _probe_rows(
+        self, editor: Editor, cases: Sequence[EditCase], *, lone: bool
+    ) -> Iterator[tuple[EditCase, list[Row]]]:
+        """What is kept of the probes of each case; those of several cases are asked together.
+
+        Args:
+            editor: The edits in force.
+            cases: The cases.
+            lone: Whether the edits' own prompts alone are asked.
+        """
+        for start in range(0, len(cases), _CASES_AT_ONCE):
+            chunk = cases[start : start + _CASES_AT_ONCE]
+            probes = [probe for case in chunk for probe in (case.all_probes[:1] if lone else case.all_probes)]
+            before = self._untouched(chunk, probes)
+            after = self._asker.observe(editor.edited, probes, self._wanted, before=before)
+            found = dict(zip(probes, zip(before, after, strict=True), strict=True))
+            for case in chunk:
+                asked = [probe for probe in case.all_probes if probe in found]
+                yield (
+                    case,
+                    [_probe_row(case, probe, *found[probe]) | self._gate(editor, probe) for probe in asked],
+                )
 
     def _editor(self, method: MethodSpec, seed: int) -> Editor:
         key = (method.called, seed)
@@ -215,17 +225,15 @@ class Bench:
                 weights.setdefault(reading.edit_id, []).extend(reading.weights)
         return {"gate": max(sum(found) / len(found) for found in weights.values())} if weights else {}
 
-    def _asked(self, task: Task) -> Mapping[str, _Asked]:
-        """The untouched host on the cases of a task; kept until another chunk of cases comes."""
-        key = task.id.partition(":")[0] + "|" + "|".join(case.id for case in task.cases)
-        if self._before[0] != key:
-            untouched, found = EditedModel(self.host.model), {}
-            for case in task.cases:
-                probes = case.all_probes
-                seen = self._asker.observe(untouched, probes, self._wanted)
-                found[case.id] = _Asked(probes, tuple(seen))
-            self._before = (key, found)
-        return self._before[1]
+    def _untouched(self, cases: Sequence[EditCase], probes: Sequence[Probe]) -> Sequence[Observation]:
+        """The untouched host on probes; kept for the methods to come, which are asked in the same batches."""
+        key = (tuple(case.id for case in cases), len(probes))
+        if key not in self._before:
+            seen = self._asker.observe(EditedModel(self.host.model), probes, self._wanted)
+            while self._before and sum(len(ids) for ids, _ in self._before) > _CASES_KEPT:
+                self._before.pop(next(iter(self._before)))
+            self._before[key] = seen
+        return self._before[key]
 
 
 @dataclass(frozen=True, slots=True)
