@@ -158,7 +158,9 @@ def test_without_a_command_the_help_is_shown() -> None:
 
 
 def test_help_needs_neither_torch_nor_transformers() -> None:
-    program = "import sys, baft.cli; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    program = (
+        "import sys, baft.cli; print(sorted({'torch', 'transformers', 'numpy', 'ray'} & set(sys.modules)))"
+    )
     env = {**os.environ, "PYTHONPATH": str(Path(baft.__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=env, check=True

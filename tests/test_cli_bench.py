@@ -1,6 +1,7 @@
 """The commands that measure, on a tiny random host."""
 
 import json
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -135,6 +136,36 @@ def test_mistakes_in_a_file_are_told(file, tmp_path, old, new, message):
     wrong.write_text(text.replace(old, new))
     assert message in failed("bench", wrong, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_work_is_shared_out(file, ran, tmp_path, monkeypatch):
+    given = []
+
+    def run_on_ray(bench, folder, *, address, n_workers, on_block):
+        given.append((address, n_workers))
+        return bench.run(folder, on_block=on_block)
+
+    monkeypatch.setattr("baft.evals.launch.run_on_ray", run_on_ray)
+    done = invoke(
+        "bench", file, "--out", tmp_path, "--json", "--ray", "--ray-address", "auto", "--workers", "2"
+    )
+    assert done.exit_code == 0
+    assert given == [("auto", 2)]
+    assert json.loads(done.stdout)["scores"] == json.loads(ran[1].stdout)["scores"]
+
+
+@pytest.mark.parametrize("option", [("--workers", "2"), ("--ray-address", "auto")])
+def test_what_belongs_to_ray_goes_with_it(option, file, tmp_path):
+    done = invoke("bench", file, "--out", tmp_path / "run", *option)
+    assert done.exit_code == 2
+    assert f"Invalid value for {option[0]}: goes with --ray" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_ray_no_host_is_loaded_for_it(file, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr("baft.evals.runner.Bench", lambda *_, **__: pytest.fail("loaded for nothing"))
+    assert "pip install 'baft[ray]'" in failed("bench", file, "--out", tmp_path / "run", "--ray")
 
 
 def test_no_file_means_the_projects_own_facts(monkeypatch, tmp_path):
