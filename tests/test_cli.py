@@ -586,10 +586,16 @@ def test_undo_of_everything_deletes_only_when_told_to(rome: Path) -> None:
     assert "--delete" in failed("undo", rome)
     assert "give one" in misused("undo", rome, "--delete", "--save", "x.baft")
     assert stored(rome) == ["Rome"]
+    (rome / "notes.txt").write_text("mine")
+    assert "notes.txt" in failed("undo", rome, "--delete")
+    assert (rome / "notes.txt").read_text() == "mine"
+    (rome / "notes.txt").unlink()
+    shutil.copytree(rome, rome.with_name(f".{rome.name}.old-1-{'0' * 8}"))  # a backup would be put back
     done = run("undo", rome, "--delete")
     assert done.exit_code == 0
     assert f"{rome} is deleted" in done.stdout
-    assert not rome.exists()
+    assert "does not exist" in failed("show", rome)
+    assert list(rome.parent.iterdir()) == []
 
 
 # -- models, methods

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import baft
 from baft import Edit, EditReport
@@ -27,6 +28,8 @@ from baft.errors import (
     UnknownNameError,
 )
 from baft.hosts.background import background_text
+from baft.hosts.speaking import Speaker
+from baft.methods.baft import ReftEditor
 from baft.report import TokenGates
 from tiny import CHATML, EOS_ID, tiny_host, tiny_tokenizer
 
@@ -408,6 +411,8 @@ def test_ways_of_asking(told):
     torch.manual_seed(0)
     sampled = [model.generate("A", max_new_tokens=6, do_sample=True, temperature=2.0) for _ in range(3)]
     assert len(set(sampled)) > 1
+    with pytest.raises(GenerationError, match="generation_config= is not taken here: give its settings"):
+        model.generate("A", generation_config=GenerationConfig(do_sample=True))
     with pytest.raises(GenerationError, match="every prompt has one reply, got num_return_sequences=3: give"):
         model.generate("A", do_sample=True, num_return_sequences=3)
     rich = model.generate(TOWER[0], max_new_tokens=3, return_dict_in_generate=True)
@@ -650,8 +655,70 @@ def test_an_artifact_belongs_to_its_host(told, pair, folder, tmp_path):
         baft.load(path, host=(tiny_host("llama", max_position_embeddings=512, seed=1), pair[1]))
     with pytest.raises(ConfigError, match="host= goes with an artifact"):
         baft.load(folder, host=pair)
-    with pytest.raises(HostError, match=r"there is no folder .*none.baft: check the path"):
+    with pytest.raises(ArtifactError, match=r"none.baft does not exist: check the path"):
         baft.load(tmp_path / "none.baft")
+    with pytest.raises(HostError, match=r"there is no folder .*none: check the path"):
+        baft.load(tmp_path / "none")
+
+
+def test_an_edit_that_is_not_said_has_failed(pair, monkeypatch):
+    """Whatever training made of it: what counts is what the model then says."""
+    model = baft.load(pair)
+    replies = Speaker.replies
+
+    def mute(self, edited, rows, most, generation=None):
+        found = replies(self, edited, rows, most, generation)
+        return [[EOS_ID] for _ in found] if edited.is_enabled else found
+
+    monkeypatch.setattr(Speaker, "replies", mute)
+    report = model.edit(*TOWER, **SHARED)
+    assert report.rows[0].margin > 0
+    assert not report.succeeded
+    assert [one.decoded for one in model.edits] == [False]
+    monkeypatch.undo()
+    assert [says for _, _, says in model.check()] == [True]  # control
+
+
+def test_a_host_that_punishes_repetition_is_asked_without(pair):
+    host = tiny_host("llama", max_position_embeddings=512)
+    plain = baft.load((host, pair[1])).generate("A", max_new_tokens=12)
+    host.generation_config.update(repetition_penalty=5.0)
+    model = baft.load((host, pair[1]))
+    assert model.generate("A", max_new_tokens=12) == plain
+    assert model.generate("A", max_new_tokens=12, repetition_penalty=5.0) != plain  # control
+
+
+def test_another_tokenizer_is_a_warning(told, pair, tmp_path, caplog):
+    path = told[0].save(tmp_path / "set.baft")
+    with caplog.at_level("WARNING", logger="baft.model"):
+        baft.load(path, host=pair)
+        assert not caplog.messages  # control
+        baft.load(path, host=(pair[0], tiny_tokenizer()))
+    assert "another tokenizer or chat template" in caplog.messages[0]
+
+
+def test_a_long_prompt_does_not_cut_the_replies_to_others(model):
+    long, short = "A" * 505, "B"
+    assert model.generate([long, short], max_new_tokens=32)[1] == model.generate(short, max_new_tokens=32)
+
+
+def test_an_edit_in_inference_mode(model):
+    with torch.inference_mode():
+        report = model.edit(*TOWER, **SHARED)
+    assert report.succeeded
+
+
+def test_gates_of_nothing(told):
+    model, _, _ = told
+    assert model.explain(TOWER[0])  # control
+    with model.disabled():
+        assert model.explain(TOWER[0]) == ()
+
+
+def test_a_method_without_batches_is_not_given_one(model, monkeypatch):
+    monkeypatch.setattr(ReftEditor, "capabilities", frozenset())
+    with pytest.raises(ConfigError, match="method reft makes one edit at a time, got 2: edit in a loop"):
+        model.edit([Edit(*TOWER), Edit(*KING)], **SHARED)
 
 
 def test_another_precision_is_a_warning(told, pair, tmp_path, caplog):

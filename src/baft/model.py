@@ -255,7 +255,7 @@ class Model:
         return self._speaker.next_logits(self._edited, [row])[0]
 
     def check(self) -> list[tuple[AppliedEdit, str, bool]]:
-        """Asks every edit's prompt again, raw: the edit, what the model says, and whether that is the target."""
+        """Asks every edit's prompt again, raw: the edit, what the model says, whether that is the target."""
         eos = self._editor is not None and self._editor.trains_eos
         checked = self._witness.check([one.edit for one in self.edits], eos=eos)
         return [(one, text, says) for one, (text, says) in zip(self.edits, checked, strict=True)]

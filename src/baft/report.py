@@ -55,8 +55,8 @@ class EditRow:
         target: What shall be said.
         before: What the model said before, greedily.
         after: What it says now.
-        decoded: Whether the target, and its end where that is trained, led in every rendering that was trained
-            on, and is what the model then said; if not, the edit has failed and is marked so.
+        decoded: Whether the target, and its end where that is trained, led in every rendering that was
+            trained on, and is what the model then said; if not, the edit has failed and is marked so.
         margin: Smallest lead of any target token over the best other token, in nats; negative if failed.
         gate: Largest basis weight over layers and bases, averaged over the edited tokens of its text.
     """

@@ -2,7 +2,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from baft.errors import ConfigError, InputError
 from baft.hosts.encoding import Encoder
@@ -56,6 +57,24 @@ def test_where_the_joint_ids_do_not_begin_with_the_prompt_s_generation_s_view_wi
 
 
 # --- special tokens -----------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_that_puts_a_space_before_whatever_it_is_given_puts_no_second_one():
+    """SentencePiece's way, as in Llama 2."""
+    words = ("<unk>", "</s>", "▁X", "▁is", "▁", "▁Rome", "1", "▁1", "\n", "Rome")
+    model = models.Unigram([(word, -1.0) for word in words], unk_id=0)
+    bare = Tokenizer(model)
+    parts = {
+        "pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="first"),
+        "decoder": decoders.Metaspace(),
+    }
+    for name, part in parts.items():
+        setattr(bare, name, part)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>", eos_token="</s>")
+    for prompt in ("X is", "X is "):
+        found = Encoder(tokenizer).edit(prompt, "Rome", eos=False)
+        said = tokenizer.decode((*found.prompt_ids, *found.target_ids))
+        assert said == "X is Rome", prompt
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])

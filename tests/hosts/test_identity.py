@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -14,6 +15,7 @@ from baft.errors import DamagedArtifactError, HostMismatchError
 from baft.hosts import identity
 from baft.hosts.identity import HostIdentity, compare, identify
 from baft.hosts.models import Host, load_host
+from tiny import tiny_host
 
 FLOATS = ("float32", "bfloat16", "float16")
 OTHER = "same_weights_other_precision"
@@ -289,6 +291,21 @@ class TestPlainData:
         inner = tiny_model()
         wrapped = SimpleNamespace(get_base_model=lambda: inner, named_parameters=inner.named_parameters)
         assert identity._base(wrapped) is inner
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT is behind
+def test_adapters_are_told_apart_by_which_is_active():
+    host = tiny_host("llama")
+    wrapped = get_peft_model(host, LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="first")
+    wrapped.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    made = who(wrapped)
+    assert compare(made, who(wrapped)) == "same"
+    wrapped.set_adapter("second")
+    with pytest.raises(HostMismatchError):
+        compare(made, who(wrapped))
+    wrapped.set_adapter("first")
+    with wrapped.disable_adapter(), pytest.raises(HostMismatchError):
+        compare(made, who(wrapped))
 
 
 @pytest.mark.real_host

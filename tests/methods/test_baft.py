@@ -103,6 +103,33 @@ def test_open_gates_need_no_background(host, monkeypatch):
         shared(host).apply(TOWER)  # control
 
 
+@pytest.mark.parametrize("shut", [{"gate_sharpness": 0.1, "gate_threshold": 0.9}])
+def test_gates_that_cannot_open_are_told(host, shut):
+    with pytest.raises(EditError, match="no gate opens at the edit, so there is nothing to train: lower"):
+        own(host, **shut).apply(TOWER)
+
+
+@pytest.mark.parametrize("make", [own, shared])
+def test_an_interrupt_between_commit_and_bookkeeping_leaves_nothing(host, monkeypatch, make):
+    editor = make(host)
+    editor.apply(TOWER)
+    kept = editor.state_dict()
+    commit = type(editor._bases).commit
+
+    def interrupted(self, run, trained):
+        commit(self, run, trained)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(editor._bases), "commit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        editor.apply(EditRequest((Edit("The king of France was", "Al"),)))
+    monkeypatch.undo()
+    assert len(editor.requests) == 1
+    after = editor.state_dict()
+    assert after.keys() == kept.keys()
+    assert all(torch.equal(after[name], kept[name]) for name in kept)
+
+
 def test_reft_has_no_gates(host):
     with pytest.raises(ConfigError, match="reft has open gates, got gate='logistic': .* method baft"):
         ReftEditor(host, PAPER)

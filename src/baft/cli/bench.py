@@ -53,10 +53,10 @@ def bench(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run an experiment, or go on with one that was cut off, and report it.
+    """Run an experiment and report it.
 
-    Every case is a row in RUN/rows.jsonl as soon as it is scored; the same command picks up where it was
-    stopped. The report is written to RUN/report.md and RUN/report.html.
+    Every case is a row in RUN/rows.jsonl as soon as it is scored; the same command goes on with a run that
+    was cut off. The report is written to RUN/report.md and RUN/report.html.
     """
     for given, option in ((ray_address, "--ray-address"), (workers, "--workers")):
         if given is not None and not ray:
@@ -103,7 +103,10 @@ def report(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the report of one or several runs: Markdown, and one self-contained HTML page."""
+    """Write the report of runs: Markdown and HTML.
+
+    The page is one file that loads nothing. Several runs stand side by side.
+    """
     from baft.evals.report import summary_rows, write_report
 
     written = write_report(runs, out or runs[0])
@@ -117,9 +120,10 @@ def compare(
     second: Annotated[str, typer.Argument(metavar="B", help="Another, scored on the same cases.")],
     as_json: Json = False,
 ) -> None:
-    """Compare two methods case by case: the differences A - B, with intervals.
+    """Compare two methods case by case.
 
-    A run that holds one method needs only its folder.
+    What is shown are the differences A - B with their intervals. A run that holds one method needs only its
+    folder.
     """
     from baft.evals.report import comparison_rows
 
@@ -128,7 +132,7 @@ def compare(
 
 
 def list_benchmarks(as_json: Json = False) -> None:
-    """List the benchmarks, their splits and where they come from."""
+    """List the benchmarks and their splits."""
     from baft.data.base import benchmarks
 
     data: list[dict[str, Any]] = []

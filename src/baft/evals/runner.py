@@ -133,6 +133,9 @@ class Bench:
             record.append(self.block(task, method))
             if on_block:
                 on_block(n, len(blocks), f"{method.called} on {task.id}")
+        record.sort(
+            [(task.id, method.called) for task, method in blocks]
+        )  # some may have come from elsewhere
         return record
 
     def block(self, task: Task, method: MethodSpec) -> list[Row]:

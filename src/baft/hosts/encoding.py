@@ -150,8 +150,8 @@ class Encoder:
     def _inside(self, text: str) -> tuple[int, ...]:
         """The tokens of a text that stands inside another.
 
-        Some tokenizers put a space before whatever they are given (SentencePiece's dummy prefix); a digit and a
-        line break before the text take it, and are cut off again.
+        Some tokenizers put a space before whatever they are given (SentencePiece's dummy prefix); a digit and
+        a line break before the text take it, and are cut off again.
         """
         prefix = "1\n"
         before, joint = (self._ids(one, special=False) for one in (prefix, prefix + text))

@@ -118,7 +118,7 @@ class Bases(ABC):
     @property
     @abstractmethod
     def state(self) -> Any:
-        """All that a commit changes; a commit replaces it and leaves it as it is, so that it can be put back."""
+        """All that a commit changes; it makes a new one and leaves this as it is, which can be put back."""
 
     @state.setter
     @abstractmethod

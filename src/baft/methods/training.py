@@ -262,8 +262,8 @@ def _step(
     # a shut gate has none; its gradient is zero.
     if not loss.requires_grad:
         raise EditError(
-            "no gate opens at the edit, so that there is nothing to train: lower gate_threshold, gate_midpoint "
-            "or gate_clearance, or raise gate_sharpness"
+            "no gate opens at the edit, so there is nothing to train: lower gate_threshold, gate_midpoint or "
+            "gate_clearance, or raise gate_sharpness"
         )
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
