@@ -145,8 +145,16 @@ def test_two_nodes_make_the_serial_record_though_a_worker_is_killed(bench, seria
     run_on_ray(bench, tmp_path / "run", address="127.0.0.1:1", on_block=lambda *_: pytest.fail("done twice"))
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as an interactive Python takes it; pytest-xdist has its workers ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
-@pytest.mark.usefixtures("planted")
+@pytest.mark.usefixtures("planted", "interruptible")
 def test_a_run_that_is_interrupted_goes_on_where_it_was(bench_of, host_folder, cluster, tmp_path):
     """Ctrl-C, while the driver waits for two workers that are at it."""
     bench = bench_of(REFT, MethodSpec(name="patient"), protocols=PROTOCOLS[:1])
