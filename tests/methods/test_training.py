@@ -19,7 +19,7 @@ from tiny import D_MODEL, N_LAYERS, open_part
 
 D, RANK, VOCAB, N = 8, 3, 11, 4
 SITE = Site(0)
-CONFIG = TrainingConfig(learning_rate=5e-2, max_steps=100)
+CONFIG = TrainingConfig(learning_rate=5e-2, max_steps=100, stop_margin=1.0)
 
 
 def normal(*shape, seed):
