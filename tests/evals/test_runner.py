@@ -183,6 +183,36 @@ def test_edits_of_a_batch_hold_together(experiment, host, tmp_path):
     assert mean(rows, "reliability", "generate") == 1.0
 
 
+def test_cases_of_a_batch_may_share_an_edit(experiment, host, tmp_path):
+    """As some of KnowEdit's zsRE do; the edit is made once, and each case has its questions asked."""
+    path = tmp_path / "twins.jsonl"
+    asked = [{"prompt": "Bread and"}, {"prompt": "A hat"}, {"prompt": "Who"}]
+    edits = [FACTS[0], FACTS[0], FACTS[1]]
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": prompt, "target": target, "locality": [probe]}) + "\n"
+            for (prompt, target), probe in zip(edits, asked, strict=True)
+        )
+    )
+    twins = replace(
+        experiment(protocols=(BATCHED,)), benchmarks=(BenchmarkSpec(name="jsonl", file=str(path)),)
+    )
+    rows = rows_of(Bench(twins, host=host), tmp_path)
+    assert [row["error"] for row in rows] == [None] * 3
+    assert [row["probes"][-1]["prompt"] for row in rows] == ["Bread and", "A hat", "Who"]
+    assert mean(rows, "reliability", "generate") == 1.0
+
+
+def test_a_split_named_and_meant_by_default_is_one(file):
+    specs = (
+        BenchmarkSpec(name="jsonl", file=str(file)),
+        BenchmarkSpec(name="jsonl", split="all", file=str(file)),
+    )
+    twice = Experiment(name="x", benchmarks=specs, methods=(REFT,))
+    with pytest.raises(ConfigError, match="jsonl/all stands twice among the benchmarks"):
+        Bench(twice)
+
+
 def test_an_edit_that_cannot_be_made_is_scored_and_named(experiment, host, tmp_path):
     short = MethodSpec(name="reft", settings={**LEARNS, "max_target_tokens": 1})
     rows = rows_of(Bench(experiment(short), host=host), tmp_path)

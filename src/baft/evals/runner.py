@@ -1,7 +1,6 @@
 """Running an experiment: edits are made, every probe is asked before and after, and a row a case is kept."""
 
 import importlib.metadata
-import logging
 import os
 import platform
 import subprocess
@@ -29,12 +28,10 @@ from baft.hosts.models import Host, load_host
 from baft.methods.base import Editor, EditOutcome, methods
 from baft.types import EditCase, EditRequest, Probe
 
-logger = logging.getLogger(__name__)
-
 HELD_OUT = "general/wikitext-2-test.txt"
 _TEXT_WORDS = 80  # a paragraph this long has 100 tokens
 _CASES_AT_ONCE = 25  # asked in one call; their probes share batches
-_CASES_KEPT = 250  # of the untouched host, whose logits take some 10 MB a case
+_PROBES_KEPT = 3500  # of the untouched host, whose logits take up to 1.6 MB a locality probe
 _PACKAGES = ("baft", "torch", "transformers", "tokenizers", "numpy", "peft")
 
 OnBlock = Callable[[int, int, str], None]  # blocks done, blocks in all, the one that was done
@@ -65,6 +62,8 @@ class Bench:
             benchmark = spec.load(data)
             split = benchmark.splits[0] if spec.split is None else spec.split
             name = f"{benchmark.name}/{split}"
+            if name in self.benchmarks:
+                raise ConfigError(f"{name} stands twice among the benchmarks, once by default: name it once")
             self.benchmarks[name] = benchmark
             self.cases[name] = spec.cases(benchmark, split)
         self.tasks = tuple(tasks_of(experiment, self.cases))
@@ -78,7 +77,7 @@ class Bench:
         )
         self._wanted = frozenset(experiment.scorers) - {"gates"}
         self._editors: dict[tuple[str, int], Editor] = {}
-        self._before: dict[tuple[tuple[str, ...], int], Sequence[Observation]] = {}
+        self._before: dict[tuple[Probe, ...], Sequence[Observation]] = {}
 
     @property
     def blocks(self) -> list[tuple[Task, MethodSpec]]:
@@ -133,9 +132,8 @@ class Bench:
             record.append(self.block(task, method))
             if on_block:
                 on_block(n, len(blocks), f"{method.called} on {task.id}")
-        record.sort(
-            [(task.id, method.called) for task, method in blocks]
-        )  # some may have come from elsewhere
+        # Some may have come from elsewhere, in another order.
+        record.sort([(task.id, method.called) for task, method in blocks])
         return record
 
     def block(self, task: Task, method: MethodSpec) -> list[Row]:
@@ -190,7 +188,7 @@ class Bench:
         for start in range(0, len(cases), _CASES_AT_ONCE):
             chunk = cases[start : start + _CASES_AT_ONCE]
             probes = [probe for case in chunk for probe in (case.all_probes[:1] if lone else case.all_probes)]
-            before = self._untouched(chunk, probes)
+            before = self._untouched(tuple(probes))
             after = self._asker.observe(editor.edited, probes, self._wanted, before=before)
             found = dict(zip(probes, zip(before, after, strict=True), strict=True))
             for case in chunk:
@@ -228,15 +226,14 @@ class Bench:
                 weights.setdefault(reading.edit_id, []).extend(reading.weights)
         return {"gate": max(sum(found) / len(found) for found in weights.values())} if weights else {}
 
-    def _untouched(self, cases: Sequence[EditCase], probes: Sequence[Probe]) -> Sequence[Observation]:
+    def _untouched(self, probes: tuple[Probe, ...]) -> Sequence[Observation]:
         """The untouched host on probes; kept for the methods to come, which are asked in the same batches."""
-        key = (tuple(case.id for case in cases), len(probes))
-        if key not in self._before:
+        if probes not in self._before:
             seen = self._asker.observe(EditedModel(self.host.model), probes, self._wanted)
-            while self._before and sum(len(ids) for ids, _ in self._before) > _CASES_KEPT:
+            while self._before and sum(map(len, self._before)) > _PROBES_KEPT:
                 self._before.pop(next(iter(self._before)))
-            self._before[key] = seen
-        return self._before[key]
+            self._before[probes] = seen
+        return self._before[probes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,8 +259,11 @@ class _Made:
 
 
 def _make(editor: Editor, cases: Sequence[EditCase]) -> _Made:
-    """Makes edits; one that cannot be made is noted, and scored like any other on the model as it stands."""
-    edits = tuple(case.edit for case in cases)
+    """Makes edits; one that cannot be made is noted, and scored like any other on the model as it stands.
+
+    Cases may ask different questions about one and the same edit, which is then made once.
+    """
+    edits = tuple(dict.fromkeys(case.edit for case in cases))
     ids = tuple(edit.id for edit in edits)
     began = time.perf_counter()
     try:
