@@ -89,7 +89,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         ConfigError: If the file cannot be read, is not JSON, or holds something else than an object.
     """
     try:
-        found = json.loads(_read(path), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        found = json.loads(_read(path), object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(found, dict):
@@ -108,7 +108,12 @@ def _read(path: str | Path) -> str:
         raise ConfigError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `object_pairs_hook`.
+
+    Raises:
+        ValueError: If a key is given twice.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

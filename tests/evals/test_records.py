@@ -7,7 +7,7 @@ import pytest
 
 from baft.errors import ConfigError, DataError
 from baft.evals import records
-from baft.evals.records import MANIFEST, ROWS, Record, read_manifest, read_rows
+from baft.evals.records import MANIFEST, ROWS, Record, read_manifest, read_rows, sole_writer
 
 MANIFEST_A = {"experiment": {"seed": 0}, "host": "a", "created": "today", "machine": {"cores": 2}}
 
@@ -107,6 +107,21 @@ def test_blocks_are_put_in_the_order_of_the_plan(tmp_path):
     assert [(row["task"], row["i"]) for row in read_rows(tmp_path)] == [
         (task, i) for task in ("t0", "t1", "t2") for i in (0, 1)
     ]
+
+
+def test_a_record_has_one_writer_at_a_time(tmp_path):
+    folder = tmp_path / "runs" / "x"
+    with sole_writer(folder):
+        with pytest.raises(
+            ConfigError, match=r"another process is writing .*x: wait for it, or choose another"
+        ):
+            with sole_writer(folder):
+                pytest.fail("two at once")
+        with sole_writer(tmp_path / "runs" / "y"):  # control: of another record
+            pass
+    with sole_writer(folder):  # and afterwards
+        Record(folder, MANIFEST_A).append(block("t", "a"))
+    assert len(read_rows(folder)) == 1
 
 
 def test_what_is_no_record(tmp_path):

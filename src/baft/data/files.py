@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from baft.config import unique_keys
 from baft.errors import DataError
 
 _NAMED_BY = "name the data folder with BAFT_DATA or --data"
@@ -180,7 +181,7 @@ def parse(text: str, where: str) -> Any:
         DataError: If it is not JSON.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON: {error}") from None
 
@@ -189,11 +190,3 @@ def shown(value: object) -> str:
     """A value for a message, cut to a readable length."""
     text = repr(value)
     return text if len(text) <= 80 else text[:79] + "…"
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is given twice")
-    return found

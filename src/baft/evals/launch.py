@@ -23,7 +23,7 @@ import torch
 
 from baft.errors import BaftError, ConfigError, HostError
 from baft.evals.experiment import Experiment
-from baft.evals.records import Block, Record, Row, difference
+from baft.evals.records import Block, Record, Row, difference, sole_writer
 from baft.evals.runner import Bench, OnBlock
 
 logger = logging.getLogger(__name__)
@@ -75,23 +75,24 @@ def run_on_ray(
 
     Raises:
         ConfigError: If Ray is missing or has no such cluster, a worker would not run what this process would,
-            or the folder holds a record of something else.
+            or the folder holds a record of something else, or is being written.
         HostError: If workers die again and again.
         BaftError: Whatever a block raises; what was kept before stays.
     """
     if n_workers is not None and n_workers < 1:
         raise ConfigError(f"n_workers must be at least 1, got {n_workers}")
     require_ray()
-    record = Record(folder, bench.manifest)
-    order = [(task.id, method.called) for task, method in bench.blocks]
-    left = [block for block in order if block not in record.done]
-    if left:
-        with _connected(address, n_workers), _Crew(bench, n_workers) as crew:
-            for n, rows in enumerate(crew.rows_of(left), start=len(order) - len(left) + 1):
-                record.append(rows)
-                if on_block:
-                    on_block(n, len(order), f"{rows[0]['method']} on {rows[0]['task']}")
-    record.sort(order)
+    with sole_writer(folder):
+        record = Record(folder, bench.manifest)
+        order = [(task.id, method.called) for task, method in bench.blocks]
+        left = [block for block in order if block not in record.done]
+        if left:
+            with _connected(address, n_workers), _Crew(bench, n_workers) as crew:
+                for n, rows in enumerate(crew.rows_of(left), start=len(order) - len(left) + 1):
+                    record.append(rows)
+                    if on_block:
+                        on_block(n, len(order), f"{rows[0]['method']} on {rows[0]['task']}")
+        record.sort(order)
     return record
 
 

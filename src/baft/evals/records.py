@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from baft.config import read_json
 from baft.errors import ConfigError, DataError
 
@@ -92,6 +94,29 @@ class Record:
         if text.encode() != path.read_bytes():
             _write(path, text)
         return {(row["task"], row["method"]) for row in whole}
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keeps other processes from writing the same record meanwhile; a process that dies lets go of it.
+
+    Raises:
+        ConfigError: If another is writing it.
+        DataError: If the disk refuses.
+    """
+    with _disk(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"another process is writing {folder}: wait for it, or choose another folder (--out)"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from baft.data.base import Benchmark
 from baft.errors import ConfigError, DataError, EditError, InputError
 from baft.evals.asking import Asker, Observation
 from baft.evals.experiment import Experiment, MethodSpec, Stage, Task, tasks_of
-from baft.evals.records import Record, Row
+from baft.evals.records import Record, Row, sole_writer
 from baft.evals.scoring import measure
 from baft.evals.texts import false_fires
 from baft.hosts.edited_model import EditedModel
@@ -122,18 +122,19 @@ class Bench:
         """Runs whatever the record in `folder` does not hold yet.
 
         Raises:
-            ConfigError: If the folder holds a record of something else.
+            ConfigError: If the folder holds a record of something else, or another process writes it.
             DataError: If the disk refuses.
         """
-        record = Record(folder, self.manifest)
-        blocks = self.blocks
-        left = [(task, method) for task, method in blocks if (task.id, method.called) not in record.done]
-        for n, (task, method) in enumerate(left, start=len(blocks) - len(left) + 1):
-            record.append(self.block(task, method))
-            if on_block:
-                on_block(n, len(blocks), f"{method.called} on {task.id}")
-        # Some may have come from elsewhere, in another order.
-        record.sort([(task.id, method.called) for task, method in blocks])
+        with sole_writer(folder):
+            record = Record(folder, self.manifest)
+            blocks = self.blocks
+            left = [(task, method) for task, method in blocks if (task.id, method.called) not in record.done]
+            for n, (task, method) in enumerate(left, start=len(blocks) - len(left) + 1):
+                record.append(self.block(task, method))
+                if on_block:
+                    on_block(n, len(blocks), f"{method.called} on {task.id}")
+            # Some may have come from elsewhere, in another order.
+            record.sort([(task.id, method.called) for task, method in blocks])
         return record
 
     def block(self, task: Task, method: MethodSpec) -> list[Row]:
