@@ -112,11 +112,13 @@ def test_blocks_are_put_in_the_order_of_the_plan(tmp_path):
 def test_a_record_has_one_writer_at_a_time(tmp_path):
     folder = tmp_path / "runs" / "x"
     with sole_writer(folder):
-        with pytest.raises(
-            ConfigError, match=r"another process is writing .*x: wait for it, or choose another"
+        with (
+            pytest.raises(
+                ConfigError, match=r"another process is writing .*x: wait for it, or choose another"
+            ),
+            sole_writer(folder),
         ):
-            with sole_writer(folder):
-                pytest.fail("two at once")
+            pytest.fail("two at once")
         with sole_writer(tmp_path / "runs" / "y"):  # control: of another record
             pass
     with sole_writer(folder):  # and afterwards
