@@ -1,9 +1,11 @@
 """An experiment: one TOML file that says what is run, and the tasks that it comes to."""
 
 import random
+import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -209,6 +211,12 @@ def read_experiment(path: Path) -> Experiment:
         ConfigError: If it cannot be read, or something in it is unknown, missing or wrong.
     """
     return from_dict(Experiment, {"name": path.stem, **read_toml(path)}, where=str(path))
+
+
+def default_experiment() -> Experiment:
+    """What is run where no file is named: a quick look at the project's own facts (`default.toml`)."""
+    text = files("baft.evals").joinpath("default.toml").read_text(encoding="utf-8")
+    return from_dict(Experiment, tomllib.loads(text), where="default.toml")
 
 
 @dataclass(frozen=True, slots=True)
