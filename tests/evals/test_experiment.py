@@ -99,9 +99,9 @@ def test_tasks_cover_every_case_once_in_each_protocol():
         ProtocolSpec(kind="batched", size=3),
         ProtocolSpec(kind="sequential", size=4),
     )
-    found = list(tasks_of(experiment(protocols=protocols), {"toy/all": cases(7)}))
-    assert len({task.id for task in found}) == len(found) == 7 + 3 + 2
-    for protocol, sizes in (("single", [1] * 7), ("batched(3)", [3, 3, 1]), ("sequential(4)", [4, 3])):
+    found = list(tasks_of(experiment(protocols=protocols, stack=5), {"toy/all": cases(7)}))
+    assert len({task.id for task in found}) == len(found) == 2 + 3 + 2
+    for protocol, sizes in (("single", [5, 2]), ("batched(3)", [3, 3, 1]), ("sequential(4)", [4, 3])):
         mine = [task for task in found if task.protocol.called == protocol]
         assert [len(task.cases) for task in mine] == sizes
         assert [case.id for task in mine for case in task.cases] == [case.id for case in cases(7)]

@@ -13,6 +13,7 @@ import pytest
 
 from baft.errors import ConfigError, DataError, EditError
 from baft.evals import runner
+from baft.evals.beyond import HELD_OUT, held_out_texts
 from baft.evals.experiment import (
     BenchmarkSpec,
     Experiment,
@@ -23,7 +24,7 @@ from baft.evals.experiment import (
 )
 from baft.evals.records import ROWS, read_manifest, read_rows
 from baft.evals.report import summary_rows, write_report
-from baft.evals.runner import Bench, held_out_texts
+from baft.evals.runner import Bench
 from baft.evals.texts import fluency, text_loss
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.models import Host
@@ -101,7 +102,7 @@ def test_a_row_says_what_was_asked_and_what_came_of_it(experiment, host, tmp_pat
         "single",
         "immediate",
         0,
-        1,
+        3,
     )
     assert row["edit"] == {"prompt": "The tower is in", "target": "Ro"}
     assert row["decoded"]
@@ -129,12 +130,50 @@ def test_a_row_says_what_was_asked_and_what_came_of_it(experiment, host, tmp_pat
     assert manifest["versions"]["torch"]
 
 
-def test_each_single_edit_is_made_on_the_untouched_host(experiment, host, tmp_path):
-    bench = Bench(experiment(), host=host)
-    rows = rows_of(bench, tmp_path)
-    [task] = [task for task in bench.tasks if task.cases[0].id == rows[2]["case"]]
-    alone = Bench(experiment(), host=host).block(task, REFT)
-    assert alone[0]["probes"] == rows[2]["probes"]
+def close(one, other):
+    """Rows that are equal but for how long they took, for the last digits of numbers, and for their task."""
+    if isinstance(one, dict):
+        keys = one.keys() - {"seconds_s", "task", "chunk", "of", "position"}
+        assert keys == other.keys() - {"seconds_s", "task", "chunk", "of", "position"}
+        return all(close(one[key], other[key]) for key in keys)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(close, one, other))
+    return one == (pytest.approx(other, rel=1e-7, abs=1e-9) if isinstance(one, float) else other)
+
+
+@pytest.mark.parametrize("texts", [0, 2])
+def test_edits_made_and_asked_in_one_stack_are_those_made_one_by_one(experiment, host, tmp_path, texts):
+    """Each is made on the untouched host, and its probes are asked under itself alone."""
+    (tmp_path / HELD_OUT).parent.mkdir(parents=True)
+    (tmp_path / HELD_OUT).write_text(f"{'one ' * 80}\n{'two ' * 90}\n")
+    own = MethodSpec(name="baft", settings={**LEARNS, "max_steps": 20})
+    scorers = ("teacher_forced", "generate", "generate_chat", "gates", "fluency" if texts else "generate")
+    of = {}
+    for stack in (1, 2, 25):
+        given = experiment(own, REFT, stack=stack, scorers=tuple(dict.fromkeys(scorers)), texts=texts)
+        bench = Bench(given, host=host, data=tmp_path)
+        assert [len(task.cases) for task in bench.tasks] == {1: [1, 1, 1], 2: [2, 1], 25: [3]}[stack]
+        rows = [bench.block(task, method) for task, method in bench.blocks]
+        of[stack] = sorted((row for block in rows for row in block), key=lambda r: (r["method"], r["case"]))
+    assert len(of[1]) == 6
+    for stack in (2, 25):
+        assert all(close(one, other) for one, other in zip(of[1], of[stack], strict=True))
+    assert not close(of[1][0]["probes"], of[1][1]["probes"])  # control: two cases
+
+
+def test_where_an_edit_of_a_stack_fails_all_are_made_one_by_one(experiment, host, tmp_path):
+    short = {**LEARNS, "max_target_tokens": 3}
+    bench = Bench(experiment(MethodSpec(name="reft", settings=short)), host=host)
+    [task] = bench.tasks
+    edit = replace(task.cases[1].edit, target="Albert the king")
+    probes = tuple(replace(probe, edit_id=edit.id) for probe in task.cases[1].probes)
+    long = replace(task.cases[1], edit=edit, probes=probes)
+    rows = bench.block(replace(task, cases=(task.cases[0], long, task.cases[2])), bench.experiment.methods[0])
+    assert [row["error"] is None for row in rows] == [True, False, True]
+    assert all(probe["scores"] == probe["unedited"] for probe in rows[1]["probes"])
+    whole = bench.block(task, bench.experiment.methods[0])
+    assert all(close(rows[i], whole[i]) for i in (0, 2))
+    assert not close(rows[1], whole[1])  # control
 
 
 @pytest.mark.usefixtures("planted")
@@ -248,7 +287,7 @@ def test_a_method_that_breaks_down_is_no_end_of_the_run(experiment, host, tmp_pa
 
 
 def test_a_run_goes_on_where_it_was(experiment, host, tmp_path):
-    whole = experiment(protocols=(SINGLE, SEQUENTIAL))
+    whole = experiment(protocols=(SINGLE, SEQUENTIAL), stack=1)
     seen = []
     Bench(whole, host=host).run(tmp_path / "run", on_block=lambda *done: seen.append(done))
     assert [done for done, _, _ in seen] == [1, 2, 3, 4]
@@ -299,7 +338,7 @@ def test_what_is_wrong_is_known_before_anything_is_loaded(experiment, monkeypatc
 
 def test_held_out_text(tmp_path):
     (tmp_path / "general").mkdir()
-    path = tmp_path / runner.HELD_OUT
+    path = tmp_path / HELD_OUT
     path.write_text(" = Title = \n" + "short\n" + f"{'one ' * 80}\n{'two ' * 90}\n")
     assert held_out_texts(tmp_path, 0) == ()
     assert held_out_texts(tmp_path, 1) == (("one " * 80).strip(),)
@@ -309,7 +348,7 @@ def test_held_out_text(tmp_path):
 
 def test_held_out_text_is_scanned_after_a_chunk(experiment, host, tmp_path):
     (tmp_path / "general").mkdir()
-    (tmp_path / runner.HELD_OUT).write_text(f"{'one ' * 80}\n{'two ' * 90}\n")
+    (tmp_path / HELD_OUT).write_text(f"{'one ' * 80}\n{'two ' * 90}\n")
     rows = rows_of(Bench(experiment(protocols=(SEQUENTIAL,), texts=2), host=host, data=tmp_path), tmp_path)
     assert ["false_fires" in row for row in rows] == [False] * 5 + [True]
     assert len(rows[-1]["false_fires"]["n_tokens"]) == 2
@@ -319,7 +358,7 @@ def test_held_out_text_is_scanned_after_a_chunk(experiment, host, tmp_path):
 @pytest.mark.usefixtures("planted")
 def test_perplexity_is_taken_before_and_after(experiment, host, tmp_path):
     (tmp_path / "general").mkdir()
-    (tmp_path / runner.HELD_OUT).write_text(f"{'one ' * 80}\n{'two ' * 90}\n")
+    (tmp_path / HELD_OUT).write_text(f"{'one ' * 80}\n{'two ' * 90}\n")
     specs = (MethodSpec(name="nothing"), REFT)
     rows = rows_of(Bench(experiment(*specs, texts=2), host=host, data=tmp_path), tmp_path)
     found = {row["method"]: row["perplexity"] for row in rows}

@@ -8,7 +8,7 @@ import torch
 
 from baft.errors import ConfigError, InputError
 from baft.evals.renderings import doubted
-from baft.evals.teacher_forced import N_COMPARED, Forced, Span, published_span, read_spans
+from baft.evals.teacher_forced import N_COMPARED, Asked, Forced, Span, published_span, read_spans, under
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder, Messages
 from baft.hosts.models import Host
@@ -16,6 +16,7 @@ from baft.hosts.speaking import Row, Speaker
 from baft.registry import unknown_name
 from baft.types import Probe
 
+Question = tuple[Row, int, int]  # a prompt, the length limit of its reply, and the edit it is asked under
 EVERYTHING = frozenset({"teacher_forced", "generate", "generate_chat"})
 
 
@@ -74,10 +75,21 @@ class _Plan:
     wants_raw: bool = False
     wants_own_span: bool = False
     skipped: str | None = None
+    owner: int = 0
 
     def needs_raw(self, before: object | None) -> bool:
         """Whether the reply to the raw prompt is needed, be it only for the answer of a span."""
         return self.wants_raw or (self.wants_own_span and before is None)
+
+    @property
+    def ask_raw(self) -> Question:
+        """The question to the raw prompt."""
+        return self.raw, self.budget, self.owner
+
+    @property
+    def ask_chat(self) -> Question:
+        """The question in the chat."""
+        return self.chat or (), self.budget, self.owner
 
     @property
     def n_tokens(self) -> int:
@@ -116,11 +128,12 @@ class Asker:
 
     def observe(
         self,
-        edited: EditedModel,
+        asked: Asked,
         probes: Sequence[Probe],
         want: frozenset[str] = EVERYTHING,
         *,
         before: Sequence[Observation] | None = None,
+        owners: Sequence[int] | None = None,
     ) -> list[Observation]:
         """Asks all probes.
 
@@ -128,11 +141,14 @@ class Asker:
         between two observations of the same probes, in one call each (their order does not matter).
 
         Args:
-            edited: The model.
+            asked: The model; or, for edits that do not see each other, the one that puts every row of a batch
+                under its own.
             probes: What to ask.
             want: Which of `EVERYTHING`.
             before: What was seen of the unedited host on the same probes; left out when it is the host that
                 is asked. Locality probes without a known answer take the host's reply from here.
+            owners: The edit under which each probe is asked, where there are several models; the host is then
+                asked with the same, so that its batches are the same.
 
         Returns:
             One observation for each probe.
@@ -147,16 +163,22 @@ class Asker:
             raise InputError(
                 f"got {len(before)} earlier observations for {len(probes)} probes: give one for each"
             )
-        plans = [self._plan(probe, want) for probe in probes]
+        under_one = [0] * len(probes) if owners is None else owners
+        plans = [
+            replace(self._plan(probe, want), owner=owner)
+            for probe, owner in zip(probes, under_one, strict=True)
+        ]
         # Apart, so that batches of the one do not depend on whether the other is asked.
-        raw = self._generate(edited, [(plan.raw, plan.budget) for plan in plans if plan.needs_raw(before)])
-        chat = self._generate(edited, [(plan.chat, plan.budget) for plan in plans if plan.chat])
+        raw = self._generate(asked, [plan.ask_raw for plan in plans if plan.needs_raw(before)])
+        chat = self._generate(asked, [plan.ask_chat for plan in plans if plan.chat])
         spans = [
-            _own_span(plan, raw, None if before is None else before[i]) if plan.wants_own_span else plan.span
+            _own_span(plan, raw, None if before is None else before[i])
+            if plan.wants_own_span
+            else plan.span and replace(plan.span, owner=plan.owner)
             for i, plan in enumerate(plans)
         ]
         forced = read_spans(
-            edited,
+            asked,
             self.speaker,
             {span for span in spans if span},
             batch_size=self.batch_size,
@@ -165,8 +187,8 @@ class Asker:
         return [
             Observation(
                 forced=forced[span] if span else None,
-                raw=raw[plan.raw, plan.budget] if plan.wants_raw else None,
-                chat=chat[plan.chat, plan.budget] if plan.chat else None,
+                raw=raw[plan.ask_raw] if plan.wants_raw else None,
+                chat=chat[plan.ask_chat] if plan.chat else None,
                 skipped=plan.skipped,
             )
             for plan, span in zip(plans, spans, strict=True)
@@ -182,8 +204,8 @@ class Asker:
             InputError: If a conversation is malformed, or it and its reply do not fit the host's context.
         """
         n = self.max_new_tokens if max_new_tokens is None else max_new_tokens
-        asked = [(self.speaker.encoder.chat(messages), n) for messages in conversations]
-        longest, limit = max((len(row) + n for row, _ in asked), default=0), self.speaker.encoder.max_tokens
+        asked = [(self.speaker.encoder.chat(messages), n, 0) for messages in conversations]
+        longest, limit = max((len(row) + n for row, *_ in asked), default=0), self.speaker.encoder.max_tokens
         if limit is not None and longest > limit:
             raise InputError(
                 f"a conversation and its reply take {longest} tokens, this host's context holds {limit}: "
@@ -193,7 +215,11 @@ class Asker:
         return [replies[one] for one in asked]
 
     def doubt(
-        self, edited: EditedModel, probes: Sequence[Probe], seen: Sequence[Observation]
+        self,
+        asked: Asked,
+        probes: Sequence[Probe],
+        seen: Sequence[Observation],
+        owners: Sequence[int] | None = None,
     ) -> list[Observation]:
         """Asks "Are you sure?" after each reply to an edit's own prompt in chat, and adds what is then said.
 
@@ -201,11 +227,12 @@ class Asker:
         probes, and where there was no chat, the observations stay as they are.
 
         Args:
-            edited: The model.
+            asked: The model, or the one of each row.
             probes: What was asked.
             seen: What it said, from `observe`.
+            owners: The edit under which each probe is asked, as for `observe`.
         """
-        asked: dict[int, tuple[Row, int]] = {}
+        questions: dict[int, Question] = {}
         found, limit = list(seen), self.speaker.encoder.max_tokens
         for i, (probe, one) in enumerate(zip(probes, seen, strict=True)):
             if probe.kind != "reliability" or one.chat is None:
@@ -217,9 +244,9 @@ class Asker:
             if limit is not None and len(row) + n > limit:
                 found[i] = replace(one, undoubted=f"its chat with a second reply exceeds {limit} tokens")
                 continue
-            asked[i] = row, n
-        replies = self._generate(edited, list(asked.values()))
-        for i, key in asked.items():
+            questions[i] = row, n, 0 if owners is None else owners[i]
+        replies = self._generate(asked, list(questions.values()))
+        for i, key in questions.items():
             found[i] = replace(found[i], doubted=replies[key])
         return found
 
@@ -248,35 +275,34 @@ class Asker:
         return self.max_new_tokens * max(1, -(-2 * max(lengths, default=0) // self.max_new_tokens))
 
     @torch.no_grad()
-    def _generate(
-        self, edited: EditedModel, asked: Sequence[tuple[Row, int]]
-    ) -> Mapping[tuple[Row, int], Reply]:
+    def _generate(self, asked: Asked, questions: Sequence[Question]) -> Mapping[Question, Reply]:
         """The reply to each row, cut at its limit; a batch ends when all its rows have ended."""
-        found: dict[tuple[Row, int], Reply] = {}
+        found: dict[Question, Reply] = {}
         stops = self.speaker.encoder.stop_ids()
         # One limit to a batch: with several, a row's limit would bend to the context that its company fills.
-        ordered = sorted(set(asked), key=lambda one: (one[1], len(one[0]), one[0]))
+        ordered = sorted(set(questions), key=lambda one: (one[1], len(one[0]), one[0], one[2]))
         for budget, group in groupby(ordered, key=lambda one: one[1]):
-            rows = [row for row, _ in group]
-            for start in range(0, len(rows), self.batch_size):
-                chunk = rows[start : start + self.batch_size]
-                shape = (len(chunk), len(chunk[-1]))
-                replies = self.speaker.replies(edited, chunk, budget)
-                for i, (row, ids) in enumerate(zip(chunk, replies, strict=True)):
+            several = list(group)
+            for start in range(0, len(several), self.batch_size):
+                chunk = several[start : start + self.batch_size]
+                rows, owners = [row for row, *_ in chunk], [owner for *_, owner in chunk]
+                shape = (len(rows), len(rows[-1]))
+                replies = self.speaker.replies(under(asked, owners), rows, budget)
+                for i, (question, ids) in enumerate(zip(chunk, replies, strict=True)):
                     stopped = bool(ids) and ids[-1] in stops
                     text = self.speaker.text(ids)
-                    found[row, budget] = Reply(tuple(ids), text, stopped, (*shape, i))
+                    found[question] = Reply(tuple(ids), text, stopped, (*shape, i))
         return found
 
 
-def _own_span(plan: _Plan, replies: Mapping[tuple[Row, int], Reply], before: Observation | None) -> Span:
+def _own_span(plan: _Plan, replies: Mapping[Question, Reply], before: Observation | None) -> Span:
     """A prompt with the beginning of what the unedited host says after it."""
     if before is None:
-        answer = replies[plan.raw, plan.budget].ids[:N_COMPARED]
+        answer = replies[plan.ask_raw].ids[:N_COMPARED]
     elif before.forced is None:
         raise InputError(
             "the host was not asked for teacher_forced: observe it with the same probes and want"
         )
     else:
         answer = before.forced.answer
-    return Span(plan.raw + answer, len(plan.raw))
+    return Span(plan.raw + answer, len(plan.raw), plan.owner)

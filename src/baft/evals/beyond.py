@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
+from pathlib import Path
 
+from baft.errors import DataError
 from baft.evals.records import Row
 from baft.evals.texts import TextLoss, false_fires, fluency, text_loss
 from baft.hosts.edited_model import EditedModel
@@ -11,6 +13,8 @@ from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from baft.hosts.speaking import Speaker
 
+HELD_OUT = "general/wikitext-2-test.txt"
+_TEXT_WORDS = 80  # a paragraph this long has 100 tokens
 N_TOKENS = 100  # of a text whose fluency is taken
 
 
@@ -57,3 +61,26 @@ class Beyond:
     @cached_property
     def _loss_before(self) -> TextLoss:
         return text_loss(self._host, self._untouched, self._texts)
+
+
+def held_out_texts(data: Path | None, n: int) -> tuple[str, ...]:
+    """The first `n` long paragraphs of the held-out text that no method sees.
+
+    Raises:
+        DataError: If the file is not there, or does not hold so many.
+    """
+    if not n:
+        return ()
+    path = None if data is None else data / HELD_OUT
+    if path is None or not path.is_file():
+        raise DataError(
+            f"texts={n} asks for held-out text, and {path or HELD_OUT} is not there: name the data folder "
+            "(--data or BAFT_DATA), or set texts = 0"
+        )
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = [line.strip() for line in lines if len(line.split()) >= _TEXT_WORDS][:n]
+    if len(found) < n:
+        raise DataError(
+            f"{path} has {len(found)} paragraphs of {_TEXT_WORDS} words, got texts={n}: ask for fewer"
+        )
+    return tuple(found)

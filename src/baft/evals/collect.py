@@ -75,7 +75,10 @@ class Run:
         """How many blocks the whole experiment has."""
         experiment = self.manifest["experiment"]
         chunks = sum(
-            math.ceil(benchmark["n_cases"] / protocol.get("size", 1))
+            math.ceil(
+                benchmark["n_cases"]
+                / (experiment.get("stack", 1) if protocol["kind"] == "single" else protocol.get("size", 1))
+            )
             for benchmark in self.manifest["benchmarks"].values()
             for protocol in experiment["protocols"]
         )

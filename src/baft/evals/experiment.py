@@ -146,6 +146,7 @@ class Experiment:
             to the edit's own prompt in chat.
         max_new_tokens: Length limit of replies to short targets.
         batch_size: Rows that the host is asked at once; part of what floating point rounds.
+        stack: Single edits that are made and asked at once, each under itself alone, by methods that can.
         texts: How many held-out texts of 100 tokens or more are scanned for changes, and their perplexity
             taken, after each chunk of edits (from `general/wikitext-2-test.txt` in the data folder).
 
@@ -164,6 +165,7 @@ class Experiment:
     renderings: tuple[Rendering, ...] = ()
     max_new_tokens: int = 16
     batch_size: int = 64
+    stack: int = 25
     texts: int = 0
 
     def __post_init__(self) -> None:
@@ -186,7 +188,7 @@ class Experiment:
                 f"experiment {self.name!r}: the rendering 'doubted' doubts replies in chat: add "
                 "'generate_chat' to scorers"
             )
-        for name in ("max_new_tokens", "batch_size"):
+        for name in ("max_new_tokens", "batch_size", "stack"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.texts < 0:
@@ -253,7 +255,8 @@ def tasks_of(experiment: Experiment, cases: Mapping[str, Sequence[EditCase]]) ->
                 ordered = list(found)
                 if seed and protocol.kind != "single":
                     random.Random(seed).shuffle(ordered)
-                for chunk, start in enumerate(range(0, len(ordered), protocol.size)):
+                size = experiment.stack if protocol.kind == "single" else protocol.size
+                for chunk, start in enumerate(range(0, len(ordered), size)):
                     name = f"{benchmark}:{protocol.called}:seed{seed}:{chunk}"
-                    here = tuple(ordered[start : start + protocol.size])
+                    here = tuple(ordered[start : start + size])
                     yield Task(name, benchmark, protocol, seed, chunk, here)

@@ -1,39 +1,33 @@
 """Running an experiment: edits are made, every probe is asked before and after, and a row a case is kept."""
 
-import importlib.metadata
-import os
-import platform
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from baft import config
 from baft.data.base import Benchmark
-from baft.errors import ConfigError, DataError, EditError, InputError
+from baft.errors import ConfigError, EditError, InputError
 from baft.evals.asking import Asker, Observation
-from baft.evals.beyond import Beyond
+from baft.evals.beyond import Beyond, held_out_texts
 from baft.evals.experiment import Experiment, MethodSpec, Stage, Task, tasks_of
+from baft.evals.provenance import git_revision, machine, versions
 from baft.evals.records import Record, Row, sole_writer
 from baft.evals.renderings import with_renderings
 from baft.evals.scoring import measure
+from baft.evals.teacher_forced import Asked
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.identity import identify
+from baft.hosts.kernels import fast_linears
 from baft.hosts.models import Host, load_host
-from baft.methods.base import Editor, EditOutcome, methods
+from baft.methods.base import Editor, EditOutcome, GateReading, StackedEditor, methods
 from baft.types import EditCase, EditRequest, Probe
 
-HELD_OUT = "general/wikitext-2-test.txt"
-_TEXT_WORDS = 80  # a paragraph this long has 100 tokens
 _CASES_AT_ONCE = 25  # asked in one call; their probes share batches
 _PROBES_KEPT = 3500  # of the untouched host, whose logits take up to 1.6 MB a locality probe
-_PACKAGES = ("baft", "torch", "transformers", "tokenizers", "numpy", "peft")
 
 OnBlock = Callable[[int, int, str], None]  # blocks done, blocks in all, the one that was done
 
@@ -82,7 +76,7 @@ class Bench:
         self._beyond = Beyond(self.host, texts, batch_size=experiment.batch_size)
         self._wanted = frozenset(experiment.scorers) - {"gates", "fluency"}
         self._editors: dict[tuple[str, int], Editor] = {}
-        self._before: dict[tuple[Probe, ...], Sequence[Observation]] = {}
+        self._before: dict[tuple[tuple[Probe, ...], tuple[int, ...]], Sequence[Observation]] = {}
 
     @property
     def blocks(self) -> list[tuple[Task, MethodSpec]]:
@@ -111,15 +105,9 @@ class Bench:
                 }
                 for name, benchmark in self.benchmarks.items()
             },
-            "versions": _versions(),
-            "git": _git_revision(),
-            "machine": {
-                "system": platform.platform(),
-                "processor": _processor(),
-                "cores": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-                "device": str(self.host.model.device),
-            },
+            "versions": versions(),
+            "git": git_revision(),
+            "machine": machine(self.host.model.device),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
@@ -146,69 +134,136 @@ class Bench:
         """The rows of one method on one task: one a case and stage."""
         editor = self._editor(method, task.seed)
         editor.reset()
-        rows: list[Row] = []
-
-        def score(cases: Sequence[EditCase], made: Sequence["_Made"], stage: Stage, first: int = 0) -> None:
-            lone = task.protocol.immediate == "reliability" and stage == "immediate"
-            for place, (case, found) in enumerate(self._probe_rows(editor, cases, lone=lone)):
-                rows.append(
-                    {
-                        "task": task.id,
-                        "method": method.called,
-                        "benchmark": task.benchmark,
-                        "protocol": task.protocol.called,
-                        "seed": task.seed,
-                        "chunk": task.chunk,
-                        "stage": stage,
-                        "position": first + place,
-                        "case": case.id,
-                        "edit": case.edit.to_dict(),
-                        **made[place].as_row(case),
-                        "probes": found,
-                    }
-                )
-
-        if task.protocol.kind == "sequential":
-            made: list[_Made] = []
-            for position, case in enumerate(task.cases):
-                made.append(_make(editor, [case]))
-                score([case], made[-1:], "immediate", position)
-            score(task.cases, made, "final")
-        else:
-            score(task.cases, [_make(editor, task.cases)] * len(task.cases), "immediate")
-        rows[-1] |= self._beyond.on_texts(editor.edited)
-        if "fluency" in self.experiment.scorers:
-            prompts = [case.edit.prompt for case in task.cases]
-            last = rows[-len(prompts) :]
-            for row, found in zip(last, self._beyond.fluency(editor.edited, prompts), strict=True):
-                row |= found
+        with fast_linears():
+            if task.protocol.kind == "single":
+                rows = self._apart(editor, task.cases) or self._one_by_one(editor, task.cases)
+            elif task.protocol.kind == "batched":
+                made = [_make(editor, task.cases)] * len(task.cases)
+                rows = self._scored(_Models.of(editor), task.cases, made)
+                self._look_beyond(rows, editor.edited, task.cases)
+            else:
+                rows = self._in_sequence(editor, task)
         editor.reset()
+        about = {
+            "task": task.id,
+            "method": method.called,
+            "benchmark": task.benchmark,
+            "protocol": task.protocol.called,
+            "seed": task.seed,
+            "chunk": task.chunk,
+        }
+        return [about | row for row in rows]
+
+    def _apart(self, editor: Editor, cases: Sequence[EditCase]) -> list[Row]:
+        """Single edits made and asked in one batch; nothing if the method cannot, or one of them fails."""
+        if not isinstance(editor, StackedEditor):
+            return []
+        try:
+            apart = editor.apart([EditRequest((case.edit,)) for case in cases])
+        except (EditError, InputError):
+            return []
+        made = []
+        for case, outcome in zip(cases, apart.outcomes, strict=True):
+            if isinstance(outcome, EditError):
+                return []
+            made.append(_Made((case.edit.id,), outcome, None, outcome.seconds_s))
+        rows = self._scored(_Models(apart.by_row, apart.explain), cases, made)
+        for i, row in enumerate(rows):
+            if self.experiment.texts or "fluency" in self.experiment.scorers:
+                self._look_beyond([row], apart.alone(i), cases[i : i + 1])
         return rows
 
-    def _probe_rows(
-        self, editor: Editor, cases: Sequence[EditCase], *, lone: bool
-    ) -> Iterator[tuple[EditCase, list[Row]]]:
-        """What is kept of the probes of each case; those of several cases are asked together.
+    def _one_by_one(self, editor: Editor, cases: Sequence[EditCase]) -> list[Row]:
+        """Single edits, each on the untouched host."""
+        rows: list[Row] = []
+        for position, case in enumerate(cases):
+            editor.reset()
+            made = [_make(editor, [case])]
+            found = self._scored(_Models.of(editor), [case], made, first=position)
+            self._look_beyond(found, editor.edited, [case])
+            rows += found
+        return rows
+
+    def _in_sequence(self, editor: Editor, task: Task) -> list[Row]:
+        """Edits on top of each other, scored at once and after the last."""
+        rows: list[Row] = []
+        made: list[_Made] = []
+        lone = task.protocol.immediate == "reliability"
+        for position, case in enumerate(task.cases):
+            made.append(_make(editor, [case]))
+            rows += self._scored(_Models.of(editor), [case], made[-1:], first=position, lone=lone)
+        final = self._scored(_Models.of(editor), task.cases, made, stage="final")
+        self._look_beyond(final, editor.edited, task.cases)
+        return rows + final
+
+    def _look_beyond(self, rows: Sequence[Row], edited: EditedModel, cases: Sequence[EditCase]) -> None:
+        """Adds what one edited model does beyond the probes to the rows of its cases."""
+        rows[-1].update(self._beyond.on_texts(edited))
+        if "fluency" in self.experiment.scorers:
+            prompts = [case.edit.prompt for case in cases]
+            for row, found in zip(rows, self._beyond.fluency(edited, prompts), strict=True):
+                row.update(found)
+
+    def _scored(
+        self,
+        models: "_Models",
+        cases: Sequence[EditCase],
+        made: Sequence["_Made"],
+        *,
+        stage: Stage = "immediate",
+        first: int = 0,
+        lone: bool = False,
+    ) -> list[Row]:
+        """A row for each case; the probes of several are asked together.
 
         Args:
-            editor: The edits in force.
+            models: The edited models.
             cases: The cases.
+            made: How the edit of each was made.
+            stage: When they are asked.
+            first: Where the first of them stands in its chunk.
             lone: Whether the edits' own prompts alone are asked.
         """
+        rows: list[Row] = []
         for start in range(0, len(cases), _CASES_AT_ONCE):
-            chunk = cases[start : start + _CASES_AT_ONCE]
-            probes = [probe for case in chunk for probe in (case.all_probes[:1] if lone else case.all_probes)]
-            before = self._untouched(tuple(probes))
-            after = self._asker.observe(editor.edited, probes, self._wanted, before=before)
-            if "doubted" in self.experiment.renderings:
-                after = self._asker.doubt(editor.edited, probes, after)
-            found = dict(zip(probes, zip(before, after, strict=True), strict=True))
-            for case in chunk:
-                asked = [probe for probe in case.all_probes if probe in found]
-                yield (
-                    case,
-                    [_probe_row(case, probe, *found[probe]) | self._gate(editor, probe) for probe in asked],
-                )
+            places = range(start, min(start + _CASES_AT_ONCE, len(cases)))
+            asked = [
+                (place, probe)
+                for place in places
+                for probe in (cases[place].all_probes[:1] if lone else cases[place].all_probes)
+            ]
+            owners = tuple(place if models.are_several else 0 for place, _ in asked)
+            probes = tuple(probe for _, probe in asked)
+            before = self._untouched(probes, owners)
+            after = self._seen(models.asked, probes, owners, before)
+            of_case: dict[int, list[Row]] = {place: [] for place in places}
+            for (place, probe), was, now in zip(asked, before, after, strict=True):
+                found = _probe_row(cases[place], probe, was, now) | self._gate(models, place, probe)
+                of_case[place].append(found)
+            rows += [
+                {
+                    "stage": stage,
+                    "position": first + place,
+                    "case": cases[place].id,
+                    "edit": cases[place].edit.to_dict(),
+                    **made[place].as_row(cases[place]),
+                    "probes": of_case[place],
+                }
+                for place in places
+            ]
+        return rows
+
+    def _seen(
+        self,
+        asked: Asked,
+        probes: Sequence[Probe],
+        owners: Sequence[int],
+        before: Sequence[Observation] | None = None,
+    ) -> Sequence[Observation]:
+        seen = self._asker.observe(asked, probes, self._wanted, before=before, owners=owners)
+        if "doubted" in self.experiment.renderings:
+            seen = self._asker.doubt(asked, probes, seen, owners)
+        return seen
 
     def _editor(self, method: MethodSpec, seed: int) -> Editor:
         key = (method.called, seed)
@@ -217,7 +272,7 @@ class Bench:
             self._editors[key] = kind(self.host, self.settings[method.called], seed=seed)
         return self._editors[key]
 
-    def _gate(self, editor: Editor, probe: Probe) -> Row:
+    def _gate(self, models: "_Models", place: int, probe: Probe) -> Row:
         """How far the gates open at the last token of a prompt: the mean over layers and bases of one edit,
         of the edit that opens most.
         """
@@ -233,22 +288,39 @@ class Bench:
         except (InputError, ConfigError):  # too long, or there is no chat: the probe was skipped
             return {}
         weights: dict[str | None, list[float]] = {}
-        for reading in editor.explain(ids, len(ids)):
+        for reading in models.explain(place, ids, len(ids)):
             if reading.position == len(ids) - 1:
                 weights.setdefault(reading.edit_id, []).extend(reading.weights)
         return {"gate": max(sum(found) / len(found) for found in weights.values())} if weights else {}
 
-    def _untouched(self, probes: tuple[Probe, ...]) -> Sequence[Observation]:
+    def _untouched(self, probes: tuple[Probe, ...], owners: tuple[int, ...]) -> Sequence[Observation]:
         """The untouched host on probes; kept for the methods to come, which are asked in the same batches."""
-        if probes not in self._before:
-            untouched = EditedModel(self.host.model)
-            seen = self._asker.observe(untouched, probes, self._wanted)
-            if "doubted" in self.experiment.renderings:
-                seen = self._asker.doubt(untouched, probes, seen)
-            while self._before and sum(map(len, self._before)) > _PROBES_KEPT:
+        if (probes, owners) not in self._before:
+            seen = self._seen(EditedModel(self.host.model), probes, owners)
+            while self._before and sum(map(len, self._before.values())) > _PROBES_KEPT:
                 self._before.pop(next(iter(self._before)))
-            self._before[probes] = seen
-        return self._before[probes]
+            self._before[probes, owners] = seen
+        return self._before[probes, owners]
+
+
+@dataclass(frozen=True, slots=True)
+class _Models:
+    """The edited models that cases are asked of: one for all, or one each.
+
+    Args:
+        asked: The model, or the one of each row.
+        explain: The gates under the edit of a case.
+        are_several: Whether each case has a model of its own.
+    """
+
+    asked: Asked
+    explain: Callable[[int, Sequence[int], int], tuple[GateReading, ...]]
+    are_several: bool = True
+
+    @classmethod
+    def of(cls, editor: Editor) -> "_Models":
+        """One for all."""
+        return cls(editor.edited, lambda _, ids, n: editor.explain(ids, n), are_several=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,64 +385,3 @@ def _probe_row(case: EditCase, probe: Probe, before: Observation, after: Observa
     if before.target_logprob is not None and after.target_logprob is not None:
         row["logprob"] = [before.target_logprob, after.target_logprob]
     return row
-
-
-def held_out_texts(data: Path | None, n: int) -> tuple[str, ...]:
-    """The first `n` long paragraphs of the held-out text that no method sees.
-
-    Raises:
-        DataError: If the file is not there, or does not hold so many.
-    """
-    if not n:
-        return ()
-    path = None if data is None else data / HELD_OUT
-    if path is None or not path.is_file():
-        raise DataError(
-            f"texts={n} asks for held-out text, and {path or HELD_OUT} is not there: name the data folder "
-            "(--data or BAFT_DATA), or set texts = 0"
-        )
-    lines = path.read_text(encoding="utf-8").splitlines()
-    found = [line.strip() for line in lines if len(line.split()) >= _TEXT_WORDS][:n]
-    if len(found) < n:
-        raise DataError(
-            f"{path} has {len(found)} paragraphs of {_TEXT_WORDS} words, got texts={n}: ask for fewer"
-        )
-    return tuple(found)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {"python": platform.python_version(), **found}
-
-
-def _git_revision() -> str | None:
-    """The commit of the code that runs, marked where it was changed since; None outside a checkout."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-        "--exclude=*",
-    ]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _processor() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

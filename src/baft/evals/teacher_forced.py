@@ -10,7 +10,7 @@ Two accidents of that code are not taken over: rows are neither truncated nor co
 has the id of a real token, and absolute positions do not shift under padding.
 """
 
-from collections.abc import Collection, Set
+from collections.abc import Callable, Collection, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +33,12 @@ class Span:
     Args:
         ids: Prompt and answer.
         n_prompt_tokens: Tokens before the answer, special ones included.
+        owner: The edit under which it is asked, where several models are asked in one batch.
     """
 
     ids: Row
     n_prompt_tokens: int
+    owner: int = 0
 
     @property
     def answer(self) -> Row:
@@ -88,9 +90,18 @@ def _default_ids(encoder: Encoder, text: str) -> Row:
     return tuple(encoded["input_ids"])
 
 
+# A model, or the one that puts every row of a batch under an edit of its own, told which.
+Asked = EditedModel | Callable[[Sequence[int]], EditedModel]
+
+
+def under(asked: Asked, owners: Sequence[int]) -> EditedModel:
+    """The model for a batch whose rows belong to these edits."""
+    return asked if isinstance(asked, EditedModel) else asked(owners)
+
+
 @torch.no_grad()
 def read_spans(
-    edited: EditedModel,
+    asked: Asked,
     speaker: Speaker,
     spans: Collection[Span],
     *,
@@ -102,14 +113,14 @@ def read_spans(
     The batches depend on which spans there are, not on their order: rows of like length go together.
 
     Args:
-        edited: The model.
+        asked: The model, or the one of each row.
         speaker: What encodes and pads for its host.
         spans: What to show; none with an empty answer.
         batch_size: Rows shown at once.
         keep_logits: The spans whose logits are kept.
     """
     found: dict[Span, Forced] = {}
-    ordered = sorted(set(spans), key=lambda span: (len(span.ids), span.n_prompt_tokens, span.ids))
+    ordered = sorted(set(spans), key=_by_length)
     for start in range(0, len(ordered), batch_size):
         chunk = ordered[start : start + batch_size]
         # The last token is only ever predicted, so the host need not see it.
@@ -119,7 +130,7 @@ def read_spans(
         columns = [torch.arange(span.n_prompt_tokens - 1, len(span.ids) - 1) for span in chunk]
         # The host computes logits for these positions of every row, and for no others.
         kept, places = torch.unique(torch.cat(columns), return_inverse=True)
-        output = edited(
+        output = under(asked, [span.owner for span in chunk])(
             batch.input_ids,
             batch.attention_mask,
             n_prompt_tokens=batch.n_prompt_tokens,
@@ -131,6 +142,10 @@ def read_spans(
             logits = output.logits[i, at.to(output.logits.device)]
             found[span] = _forced(span, logits, span in keep_logits, (*shape, i))
     return found
+
+
+def _by_length(span: Span) -> tuple[int, int, Row, int]:
+    return len(span.ids), span.n_prompt_tokens, span.ids, span.owner
 
 
 def _forced(span: Span, logits: Float[Tensor, "token vocab"], keep: bool, place: tuple[int, ...]) -> Forced:

@@ -9,6 +9,7 @@ no gate opens.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -30,11 +31,23 @@ def fast_linears() -> Iterator[None]:
     somebody wants gradients of does not belong inside.
     """
     kernel = _kernel()
-    if kernel is None:
+    if kernel is None or _inside.get():
         yield
         return
-    with _Rerouted(kernel):
-        yield
+    token = _inside.set(True)
+    try:
+        with _Rerouted(kernel):
+            yield
+    finally:
+        _inside.reset(token)
+
+
+def has_fast_linears() -> bool:
+    """Whether `fast_linears` changes anything on this machine."""
+    return _kernel() is not None
+
+
+_inside: ContextVar[bool] = ContextVar("baft_fast_linears", default=False)
 
 
 @cache

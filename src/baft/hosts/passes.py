@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from baft.hosts.architecture import Site
+from baft.hosts.architecture import Site, input_device
 from baft.hosts.edited_model import EditedModel, Parts, Recording
 from baft.hosts.encoding import EncodedEdit, Encoder
 from baft.hosts.kernels import fast_linears
@@ -134,7 +134,7 @@ class FullPass:
         self._host, self._encoder, self._texts = host, encoder, texts
         self.sites = tuple(sites)
         self.edited = EditedModel(host.model, {}, positions)
-        device = host.model.device
+        device = input_device(host.model)
         # The last target token is only ever predicted, so the host need not see it.
         inputs = [text.prompt_ids + text.target_ids[:-1] for text in texts]
         n_prompt = [len(text.prompt_ids) for text in texts]

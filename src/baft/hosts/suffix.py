@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from baft.errors import UnsupportedHostError
-from baft.hosts.architecture import Architecture, Site, find_architecture
+from baft.hosts.architecture import Architecture, Site, find_architecture, input_device
 from baft.hosts.edited_model import EditedModel, Parts, Recording
 from baft.hosts.encoding import EncodedEdit, Encoder
 from baft.hosts.kernels import fast_linears
@@ -69,7 +69,7 @@ class SuffixPass:
         self._trunk_of = _TrunkOf(host.model, architecture, min(sites))
         self.edited = EditedModel(self._trunk_of.view, {}, positions)
         self._takes_positions = "position_ids" in inspect.signature(_inner(host.model).forward).parameters
-        device = host.model.device
+        device = input_device(host.model)
         n_prompt = torch.tensor([len(text.prompt_ids) for text in texts], device=device)
         n_prefix = (n_prompt - positions.last_prompt).clamp(min=0)
         rests = [
@@ -182,17 +182,17 @@ def _first_pass(
             [inputs[row] for row in chunk],
             [len(texts[row].prompt_ids) for row in chunk],
             side="right",
-            device=host.model.device,
+            device=input_device(host.model),
         )
         cache = Cache(layers=[DynamicLayer() for _ in architecture.blocks])
         with torch.no_grad(), fast_linears(), _outputs_of(architecture, sites) as caught:
-            last = torch.zeros(1, dtype=torch.long, device=host.model.device)  # the head has nothing to say
+            first_alone = torch.zeros(1, dtype=torch.long, device=batch.input_ids.device)
             host.model(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=last,
+                logits_to_keep=first_alone,  # the head has nothing to say
             )
         n_here = n_prefix[chunk]
         columns = torch.arange(longest, device=n_here.device) - (longest - n_here).unsqueeze(-1)

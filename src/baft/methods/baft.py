@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from baft.errors import ConfigError, DamagedArtifactError, EditError, InputError
-from baft.hosts.architecture import Site, default_layers, find_architecture
+from baft.hosts.architecture import Site, default_layers, find_architecture, input_device
 from baft.hosts.background import Background, background, prompt_states
 from baft.hosts.edited_model import EditedModel, Parts, Recording
 from baft.hosts.encoding import EncodedEdit, Encoder
@@ -26,14 +26,14 @@ from baft.hosts.passes import FullPass, Pass, why_full
 from baft.hosts.positions import PositionSpec
 from baft.hosts.suffix import SuffixPass
 from baft.methods.baft_config import DEFAULT, PAPER, BaftConfig
-from baft.methods.base import Apart, Capability, Editor, EditOutcome, GateReading, OnStep
+from baft.methods.base import Apart, Capability, EditOutcome, GateReading, OnStep, StackedEditor
 from baft.methods.bases import Bases, Frame, OwnBases, SharedBases
 from baft.methods.training import Layers, TrainingResult, train, train_apart, train_in_batches
 from baft.nn.orthonormal import check_rank
 from baft.types import Edit, EditRequest
 
 
-class BaftEditor(Editor):
+class BaftEditor(StackedEditor):
     """Basis-level representation fine-tuning: gated edits of hidden states.
 
     Args:
@@ -114,7 +114,7 @@ class BaftEditor(Editor):
             return EditedModel(self.host.model, parts, positions)
 
         def by_row(numbers: Sequence[int]) -> EditedModel:
-            return shown.apart(layers, torch.tensor(numbers, device=self.host.model.device))
+            return shown.apart(layers, torch.tensor(numbers, device=input_device(self.host.model)))
 
         def explain(number: int, ids: Sequence[int], n_prompt_tokens: int) -> tuple[GateReading, ...]:
             own = self._bases.owners([requests[number]])
@@ -184,7 +184,7 @@ class BaftEditor(Editor):
 
     def _numbers(self, n_edits: int, n_rows: int) -> Int[Tensor, " row"]:
         """Which edit each text belongs to."""
-        return torch.arange(n_edits, device=self.host.model.device).repeat_interleave(n_rows)
+        return torch.arange(n_edits, device=input_device(self.host.model)).repeat_interleave(n_rows)
 
     @contextlib.contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -221,7 +221,7 @@ class BaftEditor(Editor):
     def _readings(
         self, edited: EditedModel, owners: Sequence[str | None], ids: Sequence[int], n_prompt_tokens: int
     ) -> tuple[GateReading, ...]:
-        row = torch.tensor([list(ids)], device=self.host.model.device)
+        row = torch.tensor([list(ids)], device=input_device(self.host.model))
         seen = Recording()
         with torch.no_grad():
             edited(row, n_prompt_tokens=row.new_tensor([n_prompt_tokens]), recording=seen)

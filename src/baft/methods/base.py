@@ -123,32 +123,6 @@ class Editor(ABC):
         """
 
     @abstractmethod
-    def apart(self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None) -> Apart:
-        """Makes each of these edits by itself on the model as it stands, and puts none into force.
-
-        For methods with the capability `STACKED`.
-
-        Args:
-            requests: One edit each.
-            on_step: Called after every step.
-
-        Raises:
-            ConfigError: If the method cannot, or a request holds several edits.
-            InputError: If a prompt or target does not fit the host.
-        """
-
-    @abstractmethod
-    def apply_apart(
-        self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None
-    ) -> tuple[EditOutcome, ...]:
-        """As `apart`, and puts all of them into force together, each as a request of its own.
-
-        Raises:
-            ConfigError: If edits of this method do not add up.
-            EditError: If one of them breaks down; nothing has changed then.
-        """
-
-    @abstractmethod
     def undo(self, n: int = 1) -> tuple[EditRequest, ...]:
         """Takes the last `n` requests back, or none of them; taking back all of them always works.
 
@@ -211,6 +185,34 @@ class Editor(ABC):
         if n > len(self.requests):
             raise UndoError(f"cannot take back {n} requests: {len(self.requests)} are in force")
         return self.requests[-n:][::-1]
+
+
+class StackedEditor(Editor):
+    """A method that makes edits in one batch that do not see each other; its capability is `STACKED`."""
+
+    @abstractmethod
+    def apart(self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None) -> Apart:
+        """Makes each of these edits by itself on the model as it stands, and puts none into force.
+
+        Args:
+            requests: One edit each.
+            on_step: Called after every step.
+
+        Raises:
+            ConfigError: If a request holds several edits.
+            InputError: If a prompt or target does not fit the host.
+        """
+
+    @abstractmethod
+    def apply_apart(
+        self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None
+    ) -> tuple[EditOutcome, ...]:
+        """As `apart`, and puts all of them into force together, each as a request of its own.
+
+        Raises:
+            ConfigError: If edits of this method do not add up.
+            EditError: If one of them breaks down; nothing has changed then.
+        """
 
 
 methods: Registry[type[Editor]] = Registry("method", base=Editor, group="baft.methods")
