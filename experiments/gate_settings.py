@@ -23,9 +23,9 @@ import baft
 from baft.hosts.architecture import Site
 from baft.hosts.background import Slot, _collect, background
 from baft.hosts.models import load_host
+from baft.hosts.passes import FullPass
 from baft.methods.baft import BaftEditor
 from baft.methods.closed_form import ClosedFormGates, edit_keys
-from baft.methods.training import FullPass
 
 N_EDITS, OTHERS, N_PARAGRAPHS = 60, slice(200, 350), 60
 OPEN = 0.3  # of a rephrasing: this weight is enough for an edit to act
@@ -42,8 +42,7 @@ def load_cases(data: Path) -> list[tuple[str, str, list[str]]]:
 
 def keys_of(editor: BaftEditor, texts: list, n_edits: int) -> dict[Site, list]:
     run = FullPass(editor.host, editor.encoder, editor.edited.positions, texts, editor.sites)
-    states = run.states()
-    return {site: edit_keys(states, run.mask, texts, n_edits, site) for site in editor.sites}
+    return {site: edit_keys(run, texts, n_edits, site) for site in editor.sites}
 
 
 @torch.no_grad()

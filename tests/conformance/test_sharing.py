@@ -119,7 +119,7 @@ def test_another_thread_s_hook_may_be_called_late_and_without_keywords(host, edi
 
 
 def edited_call(edited, ids):
-    return _Call(edited._window(ids, torch.ones_like(ids).bool(), None), edited.interventions, None)
+    return _Call(edited.window(ids, torch.ones_like(ids).bool(), None), edited.interventions, None)
 
 
 def test_hooks_are_hung_one_thread_at_a_time(edited):

@@ -10,6 +10,7 @@ from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from baft.methods.baft import BaftEditor, ReftEditor
 from baft.methods.baft_config import DEFAULT, PAPER
+from baft.methods.training import TrainingResult
 from baft.types import Edit, EditRequest
 from tiny import tiny_host, tiny_tokenizer
 
@@ -30,7 +31,7 @@ def test_every_rendering_is_trained_on(host, monkeypatch):
     encoder = Encoder.for_host(host)
 
     def texts(editor):
-        return editor._texts(EditRequest((Edit("A", "B"), Edit("C", "D"))))
+        return editor._texts((Edit("A", "B"), Edit("C", "D")))
 
     raw, chat = (encoder.edit("A", "B", chat=chat) for chat in (False, True))
     both = texts(own(host))
@@ -46,10 +47,8 @@ def test_an_edit_holds_only_if_every_rendering_does(host, monkeypatch):
     """Two rows an edit; the margin of an edit is its worst row's."""
     from baft.methods import baft as module
 
-    class Result:
-        margins, losses, n_steps, stopped = (1.0, -0.5, 2.0, 3.0), (0.1,), 0, "max_steps"
-
-    monkeypatch.setattr(module, "train", lambda *_, **__: Result)
+    result = TrainingResult((1.0, -0.5, 2.0, 3.0), (0.1,), 0, "max_steps")
+    monkeypatch.setattr(module, "train", lambda *_, **__: result)
     outcome = own(host).apply(EditRequest((Edit("A", "B"), Edit("C", "D"))))
     assert outcome.margins == (-0.5, 2.0)
     assert outcome.decoded == (False, True)

@@ -51,7 +51,14 @@ def test_what_is_out_of_range_is_refused(name, value):
 
 def test_every_number_has_a_bound():
     checked = {name for name, _ in OUT_OF_RANGE}
-    from_training = {"learning_rate", "gate_learning_rate", "max_steps", "stop_loss", "stop_margin"}
+    from_training = {
+        "learning_rate",
+        "gate_learning_rate",
+        "max_steps",
+        "stop_loss",
+        "stop_margin",
+        "edits_at_once",
+    }
     numbers = {
         one.name
         for one in fields(BaftConfig)

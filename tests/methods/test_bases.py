@@ -8,11 +8,11 @@ import torch
 from baft.hosts.architecture import Site
 from baft.hosts.background import Background
 from baft.hosts.encoding import Encoder
+from baft.hosts.passes import FullPass, Predictions
 from baft.hosts.positions import PositionSpec
 from baft.methods.baft import BaftEditor
 from baft.methods.baft_config import DEFAULT, PAPER
 from baft.methods.bases import Frame, SharedBases
-from baft.methods.training import FullPass, Predictions
 from baft.nn.gates import ConditionedGate, LogisticGate
 from baft.nn.interventions import SubspaceIntervention
 from baft.types import Edit, EditRequest
@@ -66,8 +66,8 @@ def with_loads(bases, *loads):
 
 def pull(bases, parts, n_requests=2):
     """How descent on the penalty moves the intercepts of the first layer's gates."""
-    penalty = bases.penalty(parts, None, n_requests)
-    return -torch.autograd.grad(penalty(0, predictions()), [parts[SITES[0]].gate.v])[0][0]
+    penalty = bases.penalty(None, n_requests)
+    return -torch.autograd.grad(penalty(0, predictions(), parts, None), [parts[SITES[0]].gate.v])[0][0]
 
 
 def test_balance_uses_the_bases_that_did_least(host):
@@ -97,7 +97,7 @@ def test_the_balance_is_its_formula(host):
         terms.append(sum((one - mean) ** 2 for one in total) / RANK / mean**2)
     for form, factor in (("running", 1), ("running_times_t", 5), ("exponential", 1)):
         bases = with_loads(shared(host, load_balance=0.3, balance_form=form), *loads)
-        found = float(bases.penalty(parts, None, 5)(0, shown).detach())
+        found = float(bases.penalty(None, 5)(0, shown, parts, None).detach())
         assert found == pytest.approx(factor * 0.3 * sum(terms) / 2, rel=1e-9)
 
 
@@ -106,25 +106,31 @@ def test_locality_waits_for_its_step(host):
     unrelated = Background(
         {site: normal(50, D_MODEL, seed=7) for site in SITES}, torch.zeros(50, dtype=torch.long)
     )
-    penalty = shared(host, load_balance=0.0, locality=0.5).penalty(parts, unrelated, 1)
-    assert [penalty(step, predictions()) is None for step in range(5)] == [True, True, True, False, False]
+    penalty = shared(host, load_balance=0.0, locality=0.5).penalty(unrelated, 1)
+    assert [penalty(step, predictions(), parts, None) is None for step in range(5)] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
     squares = [parts[site].gate.soft(unrelated.states[site]).square().mean() for site in SITES]
     expected = 0.5 * float(sum(squares).detach()) / 2
-    assert float(penalty(3, predictions()).detach()) == pytest.approx(expected, rel=1e-12)
-    at_once = shared(host, load_balance=0.0, locality=0.5, locality_from_step=0).penalty(parts, unrelated, 1)
-    assert at_once(0, predictions()) is not None  # control
+    assert float(penalty(3, predictions(), parts, None).detach()) == pytest.approx(expected, rel=1e-12)
+    at_once = shared(host, load_balance=0.0, locality=0.5, locality_from_step=0).penalty(unrelated, 1)
+    assert at_once(0, predictions(), parts, None) is not None  # control
     both = shared(host, load_balance=0.2, locality=0.5)
-    alone = shared(host, load_balance=0.2).penalty(parts, None, 1)
+    alone = shared(host, load_balance=0.2).penalty(None, 1)
     total, balance = (
-        float(one(3, predictions()).detach()) for one in (both.penalty(parts, unrelated, 1), alone)
+        float(one(3, predictions(), parts, None).detach()) for one in (both.penalty(unrelated, 1), alone)
     )
     assert total == pytest.approx(balance + expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("changes", [{"load_balance": 0.0}, {"load_balance": 0.0, "gate": "open"}])
 def test_where_nothing_is_penalized(host, changes):
-    assert shared(host, **changes).penalty(trained(), None, 1) is None
-    assert shared(host).penalty(trained(), None, 1) is not None  # control
+    assert shared(host, **changes).penalty(None, 1) is None
+    assert shared(host).penalty(None, 1) is not None  # control
 
 
 @pytest.mark.parametrize("form", ["running", "exponential", "current"])
@@ -156,7 +162,7 @@ def test_shared_gates_go_on_from_where_they_stood(host):
     before = editor.state_dict()
     texts = [Encoder.for_host(host).edit(KING.prompt, KING.target)]
     run = FullPass(host, Encoder.for_host(host), PositionSpec(), texts, editor.sites)
-    started = editor._bases.start(EditRequest((KING,)), run, texts, editor._background)
+    started = editor._bases.start([KING], run, texts, editor._background)
     for site, part in started.items():
         folded = part.gate.fold()
         assert isinstance(part.gate, ConditionedGate)

@@ -164,8 +164,23 @@ def test_which_states_are_keys():
         n = len(text.prompt_ids)
         mask[row, max(1, n - 3) : n + 1] = True
     expected = [-1, -1, RAW, TEXT, -1, -1, CHAT, TEXT, RAW, TEXT, -1, CHAT, TEXT]
-    assert key_slots(mask, texts).tolist() == expected
-    states = {SITE: torch.arange(13.0).unsqueeze(-1).repeat(1, D)}
-    first, second = edit_keys(states, mask, texts, 2, SITE)
+    of_state, columns = mask.nonzero().unbind(-1)
+
+    class Seen:
+        targets = rows = torch.zeros(0, dtype=torch.long)
+        state_rows = of_state
+        state_offsets = columns - torch.tensor([len(text.prompt_ids) for text in texts])[of_state]
+
+        def states(self):
+            return {SITE: torch.arange(13.0).unsqueeze(-1).repeat(1, D)}
+
+        def select(self, rows):
+            raise AssertionError("keys are of all texts")
+
+        def __call__(self, parts, own=None):
+            raise AssertionError("keys are read before anything is trained")
+
+    assert key_slots(Seen(), texts).tolist() == expected
+    first, second = edit_keys(Seen(), texts, 2, SITE)
     assert (first[0][:, 0].tolist(), first[1].tolist()) == ([2, 3, 6, 7], [RAW, TEXT, CHAT, TEXT])
     assert (second[0][:, 0].tolist(), second[1].tolist()) == ([8, 9, 11, 12], [RAW, TEXT, CHAT, TEXT])

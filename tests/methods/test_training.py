@@ -9,8 +9,9 @@ from baft.errors import ConfigError, EditError
 from baft.hosts.architecture import Site
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder
+from baft.hosts.passes import FullPass, Predictions, TargetPass
 from baft.hosts.positions import PositionSpec
-from baft.methods.training import FullPass, Predictions, TargetPass, TrainingConfig, train
+from baft.methods.training import TrainingConfig, train
 from baft.nn.gates import ConditionedGate, Gate, LogisticGate, OpenGate
 from baft.nn.interventions import SubspaceIntervention, intervene
 from baft.nn.losses import target_cross_entropy
@@ -40,7 +41,10 @@ class Matrix:
         self.rows = torch.tensor([0, 0, 1, 1])
         self.n_calls = 0
 
-    def __call__(self, parts):
+    def select(self, rows):
+        raise AssertionError("one optimization runs on all of its texts")
+
+    def __call__(self, parts, own=None):
         self.n_calls += 1
         h, _ = intervene(parts[SITE], self.states)
         return Predictions(
@@ -192,10 +196,10 @@ def test_others_act_and_stay():
 def test_a_penalty_is_minimized_but_does_not_say_when_to_stop():
     run, seen = Matrix(), []
 
-    def penalty(step, predictions):
+    def penalty(step, predictions, trained, blocks):
         seen.append(step)
         assert torch.equal(predictions.states[SITE], run.states)
-        return None if step < 2 else torch.tensor(100.0)
+        return None if step < 2 else torch.tensor([100.0])
 
     config = replace(CONFIG, stop_margin=None, stop_loss=0.5)
     with_penalty = train(run, {SITE: a_part()}, {}, config, penalty=penalty)
@@ -254,8 +258,9 @@ def test_learning_rates_are_positive_numbers(name, value):
 def test_ends_are_not_negative(name, value):
     with pytest.raises(ConfigError, match=f"{name} must be a number that is not negative, got {value}"):
         TrainingConfig(**{name: value})
-    with pytest.raises(ConfigError, match="max_steps must be at least 1, got 0"):
-        TrainingConfig(max_steps=0)
+    for count in ("max_steps", "edits_at_once"):
+        with pytest.raises(ConfigError, match=f"{count} must be at least 1, got 0"):
+            TrainingConfig(**{count: 0})
     assert TrainingConfig(**{name: 0.0, "max_steps": 1}).max_steps == 1
 
 
@@ -284,8 +289,8 @@ def test_the_full_pass_sees_what_each_text_alone_shows(host):
     # Rounding: the same sums in batches of another shape.
     torch.testing.assert_close(shown.logits, torch.cat(slow), rtol=0, atol=1e-9)
     plain = run.states()
-    assert plain[sites[0]].shape == (int(run.mask.sum()), D_MODEL)
+    assert plain[sites[0]].shape == (len(run.state_rows), D_MODEL)
     assert torch.equal(plain[sites[0]], shown.states[sites[0]])  # before the intervention
     assert not torch.equal(plain[sites[1]], shown.states[sites[1]])  # and behind it
     last = [sum(len(text.target_ids) + 2 for text in texts[: i + 1]) for i in range(len(texts))]
-    assert last[-1] == int(run.mask.sum())  # three prompt tokens, and all targets but the last
+    assert last[-1] == len(run.state_rows)  # three prompt tokens, and all targets but the last

@@ -52,7 +52,30 @@ class _Call:
     window: Window
     parts: Mapping[Site, Parts]
     recording: Recording | None
+    stack: "_Stack | None" = None
     mask: Bool[Tensor, "batch pos"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """Edits that do not see each other: every row of a batch has a block of its own.
+
+    Args:
+        layers: The blocks of all, by site.
+        blocks: Which of them edits each row.
+    """
+
+    layers: Mapping[Site, SubspaceIntervention]
+    blocks: Int[Tensor, " row"]
+
+    def of_tokens(
+        self, site: Site, mask: Bool[Tensor, "batch pos"]
+    ) -> tuple[SubspaceIntervention, Int[Tensor, " token"]] | None:
+        """What acts on the edited tokens of a site, and which of its blocks on each."""
+        if site not in self.layers:
+            return None
+        blocks = self.blocks.to(mask.device).repeat_interleave(mask.shape[0] // len(self.blocks))
+        return self.layers[site], blocks[mask.nonzero()[:, 0]]
 
 
 _current: ContextVar[_Call | None] = ContextVar("baft_call", default=None)
@@ -91,6 +114,24 @@ class EditedModel:
         self.positions = positions or PositionSpec()
         self.architecture: Architecture = find_architecture(host)
         self.interventions = interventions or {}
+        self._stack: _Stack | None = None
+
+    def apart(
+        self, layers: Mapping[Site, SubspaceIntervention], blocks: Int[Tensor, " row"]
+    ) -> "EditedModel":
+        """The same with one more block of bases for every row of a batch, which edits that row alone.
+
+        So several models that differ in an edit each are asked in one batch.
+
+        Args:
+            layers: The blocks, by site.
+            blocks: Which of them edits each row; calls must have that many rows (or beams of them).
+        """
+        for site in layers:
+            self.architecture.block(site)
+        found = copy.copy(self)
+        found._stack = _Stack(dict(layers), blocks)
+        return found
 
     @property
     def is_disabled(self) -> bool:
@@ -111,7 +152,7 @@ class EditedModel:
     @property
     def is_enabled(self) -> bool:
         """Whether edits are in force here: not inside `disabled()`, and there are any."""
-        return not self.is_disabled and any(self._interventions.values())
+        return not self.is_disabled and (self._stack is not None or any(self._interventions.values()))
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -174,8 +215,8 @@ class EditedModel:
         arguments = {**arguments, "input_ids": input_ids, "attention_mask": mask}
         # A compiled step would have to be compiled anew for every token: the window moves.
         arguments.setdefault("disable_compile", True)
-        window = self._window(input_ids, mask.bool(), mask.sum(-1))
-        with self._hooks(_Call(window, self._interventions, None)):
+        window = self.window(input_ids, mask.bool(), mask.sum(-1))
+        with self._hooks(_Call(window, self._interventions, None, self._stack)):
             return host.generate(**arguments)
 
     def _run(
@@ -196,17 +237,24 @@ class EditedModel:
             real = torch.ones(shown.shape[0], total, dtype=torch.bool, device=shown.device)
         else:
             real = _checked_mask(mask, total).bool()[:, :total]
-        window = self._window(ids, real, n_prompt_tokens)
+        window = self.window(ids, real, n_prompt_tokens)
         parts = self._interventions if self.is_enabled else dict.fromkeys(self._interventions, ())
-        with self._hooks(_Call(window, parts, recording)):
+        with self._hooks(_Call(window, parts, recording, self._stack if self.is_enabled else None)):
             return run(**given)
 
-    def _window(
+    def window(
         self,
         ids: Int[Tensor, "batch pos"] | None,
         real: Bool[Tensor, "known total"],
         n_prompt_tokens: Int[Tensor, " batch"] | None,
     ) -> Window:
+        """Which tokens a call edits.
+
+        Args:
+            ids: The tokens it shows.
+            real: Which tokens are no padding, those of a cache included.
+            n_prompt_tokens: Real tokens of each row's prompt, or None where nobody knows.
+        """
         bos = getattr(text_config(self.host), "bos_token_id", None)
         starts_with_bos = torch.zeros(real.shape[0], dtype=torch.bool, device=real.device)
         if ids is not None and bos is not None:
@@ -226,7 +274,7 @@ class EditedModel:
             with _hanging:
                 note = _note_tokens(call)
                 handles.append(stack.register_forward_pre_hook(note, with_kwargs=True, prepend=True))
-                for site in call.parts:
+                for site in dict.fromkeys([*call.parts, *(call.stack.layers if call.stack else ())]):
                     block = self.architecture.block(site)
                     # First in line: whoever watches the block's output sees the edited one.
                     handles.append(block.register_forward_hook(_edit_output(call, site), prepend=True))
@@ -283,10 +331,10 @@ def _edit_output(call: _Call, site: Site) -> Any:
         selected = hidden[mask]
         if call.recording is not None:
             call.recording.states.setdefault(site, []).append(selected)
-        parts = call.parts[site]
-        if not parts:
+        parts, own = call.parts.get(site, ()), call.stack.of_tokens(site, mask) if call.stack else None
+        if not parts and own is None:
             return None
-        edited, is_open = intervene(parts, selected)
+        edited, is_open = intervene(parts, selected, own)
         if not bool(is_open.any()):
             return None
         hidden = hidden.masked_scatter(mask.unsqueeze(-1), edited)

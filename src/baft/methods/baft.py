@@ -5,28 +5,32 @@ the host stays frozen. Edits keep their bases in one of two ways (`bases.py`): s
 own, with gates in closed form.
 """
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import ClassVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
-from baft.errors import ConfigError, DamagedArtifactError, InputError
+from baft.errors import ConfigError, DamagedArtifactError, EditError, InputError
 from baft.hosts.architecture import Site, default_layers, find_architecture
 from baft.hosts.background import Background, background, prompt_states
-from baft.hosts.edited_model import EditedModel, Recording
+from baft.hosts.edited_model import EditedModel, Parts, Recording
 from baft.hosts.encoding import EncodedEdit, Encoder
 from baft.hosts.models import Host
+from baft.hosts.passes import FullPass, Pass, why_full
 from baft.hosts.positions import PositionSpec
+from baft.hosts.suffix import SuffixPass
 from baft.methods.baft_config import DEFAULT, PAPER, BaftConfig
-from baft.methods.base import Capability, Editor, EditOutcome, GateReading, OnStep
+from baft.methods.base import Apart, Capability, Editor, EditOutcome, GateReading, OnStep
 from baft.methods.bases import Bases, Frame, OwnBases, SharedBases
-from baft.methods.training import FullPass, train
+from baft.methods.training import Layers, TrainingResult, train, train_apart, train_in_batches
 from baft.nn.orthonormal import check_rank
-from baft.types import EditRequest
+from baft.types import Edit, EditRequest
 
 
 class BaftEditor(Editor):
@@ -43,9 +47,7 @@ class BaftEditor(Editor):
 
     name: ClassVar[str] = "baft"
     summary: ClassVar[str] = "gated edits of hidden states along a few orthonormal bases (Liu et al. 2025)"
-    capabilities: ClassVar[frozenset[Capability]] = frozenset(
-        {Capability.BATCH, Capability.SEQUENTIAL, Capability.EXACT_UNDO}
-    )
+    capabilities: ClassVar[frozenset[Capability]] = frozenset(set(Capability))
     presets: ClassVar[Mapping[str, BaftConfig]] = {
         "default": DEFAULT,
         "paper": PAPER,
@@ -78,32 +80,122 @@ class BaftEditor(Editor):
     def apply(self, request: EditRequest, *, on_step: OnStep | None = None) -> EditOutcome:
         """Makes the edits of a request; nothing changes unless all of it succeeds."""
         began = time.monotonic()
-        texts = self._texts(request)
-        run = FullPass(self.host, self.encoder, self._edited.positions, texts, self.sites)
-        negatives = self._negatives(request)
-        trained = self._bases.start(request, run, texts, negatives)
-        penalty = self._bases.penalty(trained, negatives, len(self.requests) + 1)
-        result = train(run, trained, self._bases.beside(), self.config, penalty=penalty, on_step=on_step)
+        texts = self._texts(request.edits)
+        run, why = self._run(texts)
+        negatives = self._negatives(request.unrelated)
+        trained = self._bases.start(request.edits, run, texts, negatives)
+        beside, penalty = self._bases.beside(), self._bases.penalty(negatives, len(self.requests) + 1)
+        n_rows = len(texts) // len(request.edits)
+        if len(request.edits) > self.config.edits_at_once:
+            edits = self._numbers(len(request.edits), n_rows)
+            result = train_in_batches(
+                run, trained, beside, self.config, edits, penalty=penalty, on_step=on_step
+            )
+        else:
+            result = train(run, trained, beside, self.config, penalty=penalty, on_step=on_step)
+        with self._all_or_nothing():
+            self._bases.commit(run, trained)
+            self.requests = (*self.requests, request)
+            self._edited.interventions = self._bases.in_force()
+        margins = tuple(min(result.margins[i : i + n_rows]) for i in range(0, len(texts), n_rows))
+        return _outcome(request, result, margins, time.monotonic() - began, why)
+
+    def apart(self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None) -> Apart:
+        """Makes each edit by itself, all in one batch; none is in force afterwards."""
+        outcomes, layers = self._train_apart(requests, on_step)
+        others, positions = self._bases.beside(), self._edited.positions
+        shown = EditedModel(self.host.model, others, positions)
+
+        def alone(number: int) -> EditedModel:
+            parts: dict[Site, Parts] = {
+                site: (*others.get(site, ()), part.select(torch.tensor([number], device=part.R.device)))
+                for site, part in layers.items()
+            }
+            return EditedModel(self.host.model, parts, positions)
+
+        def by_row(numbers: Sequence[int]) -> EditedModel:
+            return shown.apart(layers, torch.tensor(numbers, device=self.host.model.device))
+
+        def explain(number: int, ids: Sequence[int], n_prompt_tokens: int) -> tuple[GateReading, ...]:
+            own = self._bases.owners([requests[number]])
+            owners = [*self._bases.owners(self.requests), *own] if others else own
+            return self._readings(alone(number), owners, ids, n_prompt_tokens)
+
+        return Apart(outcomes, alone, by_row, explain)
+
+    def apply_apart(
+        self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None
+    ) -> tuple[EditOutcome, ...]:
+        """As `apart`, and puts all of them into force together."""
+        if self.config.bases == "shared":
+            raise ConfigError(
+                "edits that share their bases do not add up, and cannot each be trained by itself: edit in a "
+                "loop, or several at once as one batch"
+            )
+        outcomes, layers = self._train_apart(requests, on_step)
+        made = []
+        for outcome in outcomes:
+            if isinstance(outcome, EditError):
+                raise outcome
+            made.append(outcome)
+        with self._all_or_nothing():
+            self._bases.commit_apart(layers)
+            self.requests = (*self.requests, *requests)
+            self._edited.interventions = self._bases.in_force()
+        return tuple(made)
+
+    def _train_apart(
+        self, requests: Sequence[EditRequest], on_step: OnStep | None
+    ) -> tuple[tuple[EditOutcome | EditError, ...], Layers]:
+        began = time.monotonic()
+        if any(len(request.edits) != 1 or request.unrelated != requests[0].unrelated for request in requests):
+            raise ConfigError(
+                "edits that are each made by themselves come one to a request, and with the same unrelated "
+                "prompts: split the requests"
+            )
+        edits = [request.edits[0] for request in requests]
+        texts = self._texts(edits)
+        run, why = self._run(texts)
+        negatives = self._negatives(requests[0].unrelated)
+        trained = self._bases.start(edits, run, texts, negatives, apart=True)
+        results, layers = train_apart(
+            run,
+            trained,
+            self._bases.beside(),
+            self.config,
+            self._numbers(len(edits), len(texts) // len(edits)),
+            penalty=self._bases.penalty(negatives, len(self.requests) + 1),
+            on_step=on_step,
+        )
+        share = (time.monotonic() - began) / len(edits)
+        outcomes = tuple(
+            result
+            if isinstance(result, EditError)
+            else _outcome(request, result, (min(result.margins),), share, why)
+            for request, result in zip(requests, results, strict=True)
+        )
+        return outcomes, layers
+
+    def _run(self, texts: Sequence[EncodedEdit]) -> tuple[Pass, str | None]:
+        """The cheapest pass that this host allows, and why it is the whole one, if it is."""
+        given = (self.host, self.encoder, self._edited.positions, texts, self.sites)
+        why = why_full(*given)
+        return (SuffixPass(*given) if why is None else FullPass(*given)), why
+
+    def _numbers(self, n_edits: int, n_rows: int) -> Int[Tensor, " row"]:
+        """Which edit each text belongs to."""
+        return torch.arange(n_edits, device=self.host.model.device).repeat_interleave(n_rows)
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Sets everything back if what is inside breaks off, such as by Ctrl-C between two lines."""
         kept, requests = self._bases.state, self.requests
         try:
-            self._bases.commit(run, trained)
-            self.requests = (*requests, request)
-            self._edited.interventions = self._bases.in_force()
-        except BaseException:  # Ctrl-C between two of these lines
+            yield
+        except BaseException:
             self._bases.state, self.requests = kept, requests
             self._edited.interventions = self._bases.in_force()
             raise
-        n_rows = len(texts) // len(request.edits)
-        margins = tuple(min(result.margins[i : i + n_rows]) for i in range(0, len(texts), n_rows))
-        return EditOutcome(
-            edit_ids=tuple(edit.id for edit in request.edits),
-            decoded=tuple(margin > 0 for margin in margins),
-            margins=margins,
-            losses=result.losses,
-            n_steps=result.n_steps,
-            stopped=result.stopped,
-            seconds_s=time.monotonic() - began,
-        )
 
     def undo(self, n: int = 1) -> tuple[EditRequest, ...]:
         """Takes the last `n` requests back, every bit of them."""
@@ -124,17 +216,23 @@ class BaftEditor(Editor):
 
     def explain(self, ids: Sequence[int], n_prompt_tokens: int) -> tuple[GateReading, ...]:
         """The gates at every edited token of a sequence, by layer, edit and token."""
+        return self._readings(self._edited, self._bases.owners(self.requests), ids, n_prompt_tokens)
+
+    def _readings(
+        self, edited: EditedModel, owners: Sequence[str | None], ids: Sequence[int], n_prompt_tokens: int
+    ) -> tuple[GateReading, ...]:
         row = torch.tensor([list(ids)], device=self.host.model.device)
         seen = Recording()
         with torch.no_grad():
-            self._edited(row, n_prompt_tokens=row.new_tensor([n_prompt_tokens]), recording=seen)
+            edited(row, n_prompt_tokens=row.new_tensor([n_prompt_tokens]), recording=seen)
         places = seen.masks[0][0].nonzero().flatten().tolist() if seen.masks else []
         if not places:
             return ()
-        owners = self._bases.owners(self.requests)
         readings: list[GateReading] = []
-        for site, (part, *_) in self._edited.interventions.items():
-            weights = part.gate.weights(seen.at(site).to(part.R.dtype))
+        for site, parts in edited.interventions.items():
+            states = seen.at(site)
+            of_parts = [part.gate.weights(states.to(part.R.dtype)) for part in parts]
+            weights = torch.cat(of_parts, 1)
             for owner, of_edit in zip(owners, weights.unbind(1), strict=True):
                 readings += [
                     GateReading(site.layer, owner, place, tuple(of_token))
@@ -159,12 +257,12 @@ class BaftEditor(Editor):
     def _no_bases(self) -> Bases:
         return OwnBases(self._frame) if self.config.bases == "own" else SharedBases(self._frame)
 
-    def _texts(self, request: EditRequest) -> list[EncodedEdit]:
+    def _texts(self, edits: Sequence[Edit]) -> list[EncodedEdit]:
         """Every rendering of every edit, the renderings of one edit side by side."""
         renderings = (False, True) if self.config.chat and self.encoder.has_chat else (False,)
         texts = [
             self.encoder.edit(edit.prompt, edit.target, chat=chat, eos=self.config.train_eos)
-            for edit in request.edits
+            for edit in edits
             for chat in renderings
         ]
         longest, limit = max(len(text.target_ids) for text in texts), self.config.max_target_tokens
@@ -175,18 +273,37 @@ class BaftEditor(Editor):
             )
         return texts
 
-    def _negatives(self, request: EditRequest) -> Background | None:
-        """States at which gates shall stay shut: the background's, and those of the request's own texts."""
+    def _negatives(self, unrelated: Sequence[str]) -> Background | None:
+        """States at which gates shall stay shut: the background's, and those of the user's prompts."""
         if self.config.gate == "open":
             return None
-        if not request.unrelated:
+        if not unrelated:
             return self._background
-        more = prompt_states(self.host, self.encoder, self.sites, request.unrelated)
+        more = prompt_states(self.host, self.encoder, self.sites, unrelated)
         return self._background.with_prompts(more)
 
     @cached_property
     def _background(self) -> Background:
         return background(self.host, self.encoder, self.sites)
+
+
+def _outcome(
+    request: EditRequest,
+    result: TrainingResult,
+    margins: tuple[float, ...],
+    seconds_s: float,
+    why_full: str | None,
+) -> EditOutcome:
+    return EditOutcome(
+        edit_ids=tuple(edit.id for edit in request.edits),
+        decoded=tuple(margin > 0 for margin in margins),
+        margins=margins,
+        losses=result.losses,
+        n_steps=result.n_steps,
+        stopped=result.stopped,
+        seconds_s=seconds_s,
+        why_full=why_full,
+    )
 
 
 class ReftEditor(BaftEditor):

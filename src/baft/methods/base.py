@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from baft import config
-from baft.errors import UndoError
+from baft.errors import EditError, UndoError
 from baft.hosts.architecture import Site
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.models import Host
@@ -25,6 +25,7 @@ class Capability(StrEnum):
     BATCH = "batch"  # several edits in one optimization
     SEQUENTIAL = "sequential"  # edits on top of edits
     EXACT_UNDO = "exact_undo"  # taking an edit back restores every bit
+    STACKED = "stacked"  # edits that are each made by themselves, trained and asked in one batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,8 @@ class EditOutcome:
         losses: The loss at every step.
         n_steps: Steps taken.
         stopped: Why it stopped.
-        seconds_s: Wall time.
+        seconds_s: Wall time; of edits that were made in one batch, each one's share.
+        why_full: Why every step ran the whole host, or None if it did not have to.
     """
 
     edit_ids: tuple[str, ...]
@@ -49,6 +51,7 @@ class EditOutcome:
     n_steps: int
     stopped: Literal["margin", "loss", "max_steps", "closed_form"]
     seconds_s: float
+    why_full: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,23 @@ class GateReading:
     edit_id: str | None
     position: int
     weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """Edits that were each made by themselves, all on the model as it stood; none of them is in force.
+
+    Args:
+        outcomes: How each went, or the error that broke it off.
+        alone: The model under one of them, by its number.
+        by_row: The model that edits every row of a batch by the edit of that row's number.
+        explain: As `Editor.explain`, under one of them.
+    """
+
+    outcomes: tuple[EditOutcome | EditError, ...]
+    alone: Callable[[int], EditedModel]
+    by_row: Callable[[Sequence[int]], EditedModel]
+    explain: Callable[[int, Sequence[int], int], tuple[GateReading, ...]]
 
 
 class Editor(ABC):
@@ -100,6 +120,32 @@ class Editor(ABC):
         Raises:
             InputError: If a prompt or target does not fit the host.
             EditError: If the optimization breaks down; nothing has changed then.
+        """
+
+    @abstractmethod
+    def apart(self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None) -> Apart:
+        """Makes each of these edits by itself on the model as it stands, and puts none into force.
+
+        For methods with the capability `STACKED`.
+
+        Args:
+            requests: One edit each.
+            on_step: Called after every step.
+
+        Raises:
+            ConfigError: If the method cannot, or a request holds several edits.
+            InputError: If a prompt or target does not fit the host.
+        """
+
+    @abstractmethod
+    def apply_apart(
+        self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None
+    ) -> tuple[EditOutcome, ...]:
+        """As `apart`, and puts all of them into force together, each as a request of its own.
+
+        Raises:
+            ConfigError: If edits of this method do not add up.
+            EditError: If one of them breaks down; nothing has changed then.
         """
 
     @abstractmethod

@@ -10,25 +10,25 @@ from functools import cached_property
 from typing import Any, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from baft.errors import DamagedArtifactError, UndoError
+from baft.errors import ConfigError, DamagedArtifactError, UndoError
 from baft.hosts.architecture import Site, intervention_dtype, site_device
 from baft.hosts.background import Background
 from baft.hosts.edited_model import Parts
 from baft.hosts.encoding import EncodedEdit
 from baft.hosts.models import Host
+from baft.hosts.passes import Pass, Predictions, TargetPass
 from baft.methods.baft_config import BaftConfig
 from baft.methods.closed_form import ClosedFormGates, edit_keys
-from baft.methods.training import FullPass, Penalty, Predictions
+from baft.methods.training import Layers, Penalty
 from baft.nn.gates import ConditionedGate, Gate, LogisticGate, OpenGate
 from baft.nn.interventions import SubspaceIntervention, concatenate
 from baft.nn.losses import accumulate_load, load_balance, locality
 from baft.nn.orthonormal import random_orthonormal
-from baft.types import EditRequest
+from baft.types import Edit, EditRequest
 
-Layers = Mapping[Site, SubspaceIntervention]
 Loads = Mapping[Site, Float[Tensor, "block rank"]]
 
 N_SNAPSHOTS_SAVED = 10  # further back, shared bases cannot be undone from an artifact
@@ -126,21 +126,31 @@ class Bases(ABC):
 
     @abstractmethod
     def start(
-        self, request: EditRequest, run: FullPass, texts: Sequence[EncodedEdit], negatives: Background | None
+        self,
+        edits: Sequence[Edit],
+        run: Pass,
+        texts: Sequence[EncodedEdit],
+        negatives: Background | None,
+        *,
+        apart: bool = False,
     ) -> dict[Site, SubspaceIntervention]:
-        """What a request trains."""
+        """What edits train: in one optimization, or each by itself in a block of its own."""
 
     @abstractmethod
     def beside(self) -> Mapping[Site, Parts]:
         """What is in force beside it meanwhile."""
 
     @abstractmethod
-    def penalty(self, trained: Layers, negatives: Background | None, n_requests: int) -> Penalty | None:
+    def penalty(self, negatives: Background | None, n_requests: int) -> Penalty | None:
         """Terms of the loss beside cross-entropy."""
 
     @abstractmethod
-    def commit(self, run: FullPass, trained: Layers) -> None:
+    def commit(self, run: TargetPass, trained: Layers) -> None:
         """Puts what was trained among the edits in force."""
+
+    @abstractmethod
+    def commit_apart(self, trained: Layers) -> None:
+        """Puts blocks that were trained apart among the edits in force, each as a request of its own."""
 
     @abstractmethod
     def undo(self, n: int) -> None:
@@ -187,14 +197,20 @@ class OwnBases(Bases):
         self._by_request, self._fused = state
 
     def start(
-        self, request: EditRequest, run: FullPass, texts: Sequence[EncodedEdit], negatives: Background | None
+        self,
+        edits: Sequence[Edit],
+        run: Pass,
+        texts: Sequence[EncodedEdit],
+        negatives: Background | None,
+        *,
+        apart: bool = False,
     ) -> dict[Site, SubspaceIntervention]:
         """Random bases behind gates that open at each edit's own states, as the unedited host has them."""
         assert negatives is not None
-        frame, states, started = self.frame, run.states(), {}
-        owners = [edit.id for edit in request.edits]
+        frame, started = self.frame, {}
+        owners = [edit.id for edit in edits]
         for site in frame.sites:
-            keys = edit_keys(states, run.mask, texts, len(owners), site)
+            keys = edit_keys(run, texts, len(owners), site)
             gate = self._gates(negatives)[site].gate(keys, frame.dtype)
             started[site] = frame.identity(site, gate, owners)
         return started
@@ -203,13 +219,22 @@ class OwnBases(Bases):
         """All earlier edits."""
         return self._fused
 
-    def penalty(self, trained: Layers, negatives: Background | None, n_requests: int) -> Penalty | None:
+    def penalty(self, negatives: Background | None, n_requests: int) -> Penalty | None:
         """None: the gates are not trained."""
         return None
 
-    def commit(self, run: FullPass, trained: Layers) -> None:
+    def commit(self, run: TargetPass, trained: Layers) -> None:
         """Adds a block for every edit."""
         self._hold([*self._by_request, {site: part.frozen() for site, part in trained.items()}])
+
+    def commit_apart(self, trained: Layers) -> None:
+        """Adds a block for every edit."""
+        n_blocks = next(iter(trained.values())).n_blocks
+        one_each = [
+            {site: part.select(torch.tensor([i], device=part.R.device)) for site, part in trained.items()}
+            for i in range(n_blocks)
+        ]
+        self._hold([*self._by_request, *one_each])
 
     def undo(self, n: int) -> None:
         """Removes the blocks of the last requests; what is left is as it was."""
@@ -284,43 +309,52 @@ class SharedBases(Bases):
         self._now, self._before = state
 
     def start(
-        self, request: EditRequest, run: FullPass, texts: Sequence[EncodedEdit], negatives: Background | None
+        self,
+        edits: Sequence[Edit],
+        run: Pass,
+        texts: Sequence[EncodedEdit],
+        negatives: Background | None,
+        *,
+        apart: bool = False,
     ) -> dict[Site, SubspaceIntervention]:
-        """A trainable copy of what is in force, or the identity before the first edit."""
-        frame, started = self.frame, {}
+        """A trainable copy of what is in force, or the identity before the first edit; apart, one each."""
+        frame, started, n_blocks = self.frame, {}, len(edits) if apart else 1
         for site in frame.sites:
-            gate: Gate = OpenGate(1, frame.config.rank)
-            now = None if self._now is None else self._now[0][site]
+            gate: Gate = OpenGate(n_blocks, frame.config.rank)
+            copies = torch.zeros(n_blocks, dtype=torch.long, device=frame.device(site))
+            now = None if self._now is None else self._now[0][site].select(copies)
             if frame.config.gate == "logistic":
                 assert negatives is not None
                 states = negatives.states[site].to(frame.device(site))
                 scale = states.std(0).clamp_min(1e-6)
-                gate = ConditionedGate(1, frame.config.rank, mean=states.mean(0), scale=scale)
+                gate = ConditionedGate(n_blocks, frame.config.rank, mean=states.mean(0), scale=scale)
                 if now is not None:
                     assert isinstance(now.gate, LogisticGate)
                     gate.load(now.gate)
             if now is None:
-                started[site] = frame.identity(site, gate, [None])
+                started[site] = frame.identity(site, gate, [None] * n_blocks)
             else:
-                started[site] = SubspaceIntervention(now.R.clone(), now.A.clone(), now.b.clone(), gate)
+                started[site] = SubspaceIntervention(now.R.data, now.A.data, now.b.data, gate)
         return started
 
     def beside(self) -> Mapping[Site, Parts]:
         """Nothing: what was in force is what is trained on."""
         return {}
 
-    def penalty(self, trained: Layers, negatives: Background | None, n_requests: int) -> Penalty | None:
+    def penalty(self, negatives: Background | None, n_requests: int) -> Penalty | None:
         """`lambda_bal R_bal + lambda_loc R_loc`, each the mean over layers."""
         config = self.frame.config
         if not (config.load_balance or config.locality):
             return None
         loads = {} if self._now is None else self._now[1]
 
-        def penalty(step: int, predictions: Predictions) -> Tensor | None:
+        def penalty(
+            step: int, predictions: Predictions, trained: Layers, blocks: Int[Tensor, " row"] | None
+        ) -> Tensor | None:
             terms = []
             for site, part in trained.items():
                 if config.load_balance:
-                    now = _mean_weights(part, site, predictions)
+                    now = _mean_weights(part, site, predictions, blocks)
                     times = n_requests if config.balance_form == "running_times_t" else 1
                     balance = load_balance(now, loads.get(site, torch.zeros_like(now)))
                     terms.append(config.load_balance * times * balance)
@@ -329,12 +363,12 @@ class SharedBases(Bases):
                     terms.append(config.locality * locality(part.gate.soft(unrelated)))
             if not terms:
                 return None
-            return torch.stack([term.to(terms[0].device) for term in terms]).sum() / len(trained)
+            return torch.stack([term.to(terms[0].device) for term in terms]).sum(0) / len(trained)
 
         return penalty
 
     @torch.no_grad()
-    def commit(self, run: FullPass, trained: Layers) -> None:
+    def commit(self, run: TargetPass, trained: Layers) -> None:
         """Puts the trained block in the place of the old, and adds its load to the bases' account."""
         layers = {site: part.frozen() for site, part in trained.items()}
         loads: dict[Site, Tensor] = {}
@@ -346,6 +380,13 @@ class SharedBases(Bases):
                 before = past.get(site, torch.zeros_like(now))
                 loads[site] = accumulate_load(before, now, self.frame.config.balance_form)
         self._before, self._now = [*self._before, self._now], (layers, loads)
+
+    def commit_apart(self, trained: Layers) -> None:
+        """Never: what was trained apart on one shared block cannot be put together."""
+        raise ConfigError(
+            "edits with shared bases are made one after another or in one batch: edits that were each "
+            "trained by themselves cannot be put together (use bases='own')"
+        )
 
     def undo(self, n: int) -> None:
         """Restores the snapshot taken before the last `n` requests.
@@ -418,9 +459,21 @@ def _tensors(part: SubspaceIntervention) -> dict[str, Tensor]:
     return tensors
 
 
-def _mean_weights(part: SubspaceIntervention, site: Site, seen: Predictions) -> Float[Tensor, "block rank"]:
-    """`m`: weights before any hard zero, averaged over the edited tokens of each text, then over texts."""
-    w = part.gate.soft(seen.states[site].to(part.R.dtype))
-    rows = seen.state_rows.to(w.device)
-    sums = w.new_zeros(int(rows.max()) + 1, *w.shape[1:]).index_add(0, rows, w)
-    return (sums / rows.bincount()[:, None, None]).mean(0)
+def _mean_weights(
+    part: SubspaceIntervention, site: Site, seen: Predictions, blocks: Int[Tensor, " row"] | None = None
+) -> Float[Tensor, "block rank"]:
+    """`m`: weights before any hard zero, averaged over the edited tokens of each text, then over texts.
+
+    Where blocks are trained apart, each over its own texts.
+    """
+    states, rows = seen.states[site].to(part.R.dtype), seen.state_rows.to(part.R.device)
+    counts = rows.bincount()
+    if blocks is None:
+        w = part.gate.soft(states)
+        sums = w.new_zeros(len(counts), *w.shape[1:]).index_add(0, rows, w)
+        return (sums / counts[:, None, None]).mean(0)
+    blocks = blocks.to(rows.device)
+    w = part.soft_each(states, blocks[rows])
+    of_texts = w.new_zeros(len(counts), w.shape[-1]).index_add(0, rows, w) / counts[:, None]
+    sums = w.new_zeros(part.n_blocks, w.shape[-1]).index_add(0, blocks, of_texts)
+    return sums / blocks.bincount(minlength=part.n_blocks)[:, None]

@@ -5,15 +5,16 @@ edit, the linear score that is one there and varies least elsewhere (`Whitening.
 score, with a hard zero, is BaFT's gate.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from baft.hosts.architecture import Site
 from baft.hosts.background import Background, Slot
 from baft.hosts.encoding import EncodedEdit
+from baft.hosts.passes import Pass
 from baft.methods.baft_config import BaftConfig
 from baft.nn.gates import LogisticGate
 from baft.nn.whitening import Whitening
@@ -24,18 +25,16 @@ _ORDINARY_QUANTILE = 0.999
 _HIGHEST_MIDPOINT = 0.8  # a gate whose midpoint reached one would not open at its own key
 
 
-def key_slots(mask: Bool[Tensor, "row pos"], texts: Sequence[EncodedEdit]) -> Int[Tensor, " state"]:
+def key_slots(run: Pass, texts: Sequence[EncodedEdit]) -> Int[Tensor, " state"]:
     """For every edited token, the kind of key it is: last prompt token, output token, or -1 for none.
 
     Tokens before the last of a prompt are edited too where a gate opens, but are no keys: their states say
     which words end the prompt, and hardly what it is about (experiments/LOG.md).
     """
-    row, column = mask.nonzero().unbind(-1)
-    n_prompt = torch.tensor([len(text.prompt_ids) for text in texts], device=mask.device)[row]
-    in_chat = torch.tensor([text.is_chat for text in texts], device=mask.device)[row]
+    in_chat = torch.tensor([text.is_chat for text in texts], device=run.state_rows.device)[run.state_rows]
     last = torch.where(in_chat, int(Slot.LAST_CHAT), int(Slot.LAST_RAW))
-    is_key = torch.where(column >= n_prompt, int(Slot.TEXT), -1)
-    return torch.where(column == n_prompt - 1, last, is_key)
+    is_key = torch.where(run.state_offsets >= 0, int(Slot.TEXT), -1)
+    return torch.where(run.state_offsets == -1, last, is_key)
 
 
 class ClosedFormGates:
@@ -110,19 +109,13 @@ class ClosedFormGates:
         return LogisticGate(U, c, threshold=self.config.gate_threshold)
 
 
-def edit_keys(
-    states: Mapping[Site, Float[Tensor, "state d_model"]],
-    mask: Bool[Tensor, "row pos"],
-    texts: Sequence[EncodedEdit],
-    n_edits: int,
-    site: Site,
-) -> list[EditKeys]:
+def edit_keys(run: Pass, texts: Sequence[EncodedEdit], n_edits: int, site: Site) -> list[EditKeys]:
     """The keys of each edit of a request at one site, with their slots."""
-    slots = key_slots(mask, texts)
-    edit_of_row = torch.arange(n_edits, device=mask.device).repeat_interleave(len(texts) // n_edits)
-    edit_of_state = edit_of_row[mask.nonzero()[:, 0]]
+    slots, states = key_slots(run, texts), run.states()[site]
+    edit_of_row = torch.arange(n_edits, device=slots.device).repeat_interleave(len(texts) // n_edits)
+    edit_of_state = edit_of_row[run.state_rows]
     found = []
     for edit in range(n_edits):
         mine = (edit_of_state == edit) & (slots >= 0)
-        found.append((states[site][mine.to(states[site].device)], slots[mine]))
+        found.append((states[mine.to(states.device)], slots[mine]))
     return found

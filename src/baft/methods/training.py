@@ -6,23 +6,24 @@ interventions it is training; how that pass runs (over the whole model, or a cac
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from baft.errors import ConfigError, EditError
 from baft.hosts.architecture import Site
-from baft.hosts.edited_model import EditedModel, Parts, Recording
-from baft.hosts.encoding import EncodedEdit, Encoder
-from baft.hosts.models import Host
-from baft.hosts.positions import PositionSpec
+from baft.hosts.edited_model import Parts
+from baft.hosts.passes import Predictions, TargetPass
 from baft.methods.base import OnStep
-from baft.nn.interventions import SubspaceIntervention
-from baft.nn.losses import target_cross_entropy, target_margins
+from baft.nn.interventions import SubspaceIntervention, concatenate
+from baft.nn.losses import row_cross_entropy, target_cross_entropy, target_margins
 from baft.nn.orthonormal import retract, tangent
+
+Layers = Mapping[Site, SubspaceIntervention]
+Stopped = Literal["margin", "loss", "max_steps"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +34,11 @@ class TrainingConfig:
         learning_rate: Of `R`, `A` and `b`, by Adam (0.9, 0.999) without weight decay.
         gate_learning_rate: Of the gates, where they are trained.
         schedule: Constant, or falling linearly to zero at `max_steps`.
-        max_steps: Steps after which an edit has failed if it is not decoded.
+        max_steps: Steps after which an edit has failed if it is not decoded; of a request that is trained in
+            mini-batches, the number of times that all of its edits are gone through.
         stop_loss: Stop when the cross-entropy falls below this, in nats.
         stop_margin: Stop when every target token leads every other token by this, in nats.
+        edits_at_once: Most edits of one request in a step; a larger request is trained in mini-batches.
 
     Raises:
         ConfigError: If a number is out of range.
@@ -47,108 +50,20 @@ class TrainingConfig:
     max_steps: int = 30
     stop_loss: float | None = None
     stop_margin: float | None = 4.0
+    edits_at_once: int = 64
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "gate_learning_rate"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} must be a positive number, got {value}")
-        if self.max_steps < 1:
-            raise ConfigError(f"max_steps must be at least 1, got {self.max_steps}")
+        for name in ("max_steps", "edits_at_once"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("stop_loss", "stop_margin"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name} must be a number that is not negative, got {value}")
-
-
-@dataclass(frozen=True, slots=True)
-class Predictions:
-    """What the host predicts, under edits in training, where target tokens come next.
-
-    Args:
-        logits: `[token, vocab]`.
-        states: States at the edited tokens of each trained site, before its intervention, `[state, d_model]`.
-        state_rows: Which text each of these states belongs to, `[state]`.
-    """
-
-    logits: Float[Tensor, "token vocab"]
-    states: Mapping[Site, Float[Tensor, "state d_model"]]
-    state_rows: Int[Tensor, " state"]
-
-
-@runtime_checkable
-class TargetPass(Protocol):
-    """A way of running the host on the texts of a request.
-
-    Attributes:
-        targets: The target tokens, all texts one after the other, `[token]`.
-        rows: Which text each of them belongs to, `[token]`.
-    """
-
-    targets: Int[Tensor, " token"]
-    rows: Int[Tensor, " token"]
-
-    def __call__(self, parts: Mapping[Site, Parts]) -> Predictions:
-        """The predictions with the given interventions in force."""
-
-
-class FullPass:
-    """Runs the whole host over the whole of every text.
-
-    Args:
-        host: The host.
-        encoder: Its encoder.
-        positions: Which tokens are edited.
-        texts: Prompts with their targets; more than one row where an edit has several renderings.
-        sites: Where states are wanted.
-    """
-
-    def __init__(
-        self,
-        host: Host,
-        encoder: Encoder,
-        positions: PositionSpec,
-        texts: Sequence[EncodedEdit],
-        sites: Sequence[Site],
-    ):
-        self.sites = tuple(sites)
-        self.edited = EditedModel(host.model, {}, positions)
-        device = host.model.device
-        # The last target token is only ever predicted, so the host need not see it.
-        inputs = [text.prompt_ids + text.target_ids[:-1] for text in texts]
-        n_prompt = [len(text.prompt_ids) for text in texts]
-        self.batch = encoder.pad(inputs, n_prompt, side="right", device=device)
-        place = [
-            (row, n_prompt[row] - 1 + i, token)
-            for row, text in enumerate(texts)
-            for i, token in enumerate(text.target_ids)
-        ]
-        self.rows, columns, self.targets = torch.tensor(place, device=device).unbind(-1)
-        # The host computes logits for these positions of every row, and for no others.
-        self._keep, self._columns = torch.unique(columns, return_inverse=True)
-
-    def __call__(self, parts: Mapping[Site, Parts]) -> Predictions:
-        """The predictions with the given interventions in force."""
-        self.edited.interventions = {site: parts.get(site, ()) for site in self.sites}
-        seen = Recording()
-        output = self.edited(
-            self.batch.input_ids,
-            self.batch.attention_mask,
-            n_prompt_tokens=self.batch.n_prompt_tokens,
-            recording=seen,
-            use_cache=False,
-            logits_to_keep=self._keep,
-        )
-        self.mask = seen.masks[0]
-        logits = output.logits[self.rows, self._columns]
-        return Predictions(logits, {site: seen.at(site) for site in self.sites}, self.mask.nonzero()[:, 0])
-
-    def states(self) -> Mapping[Site, Float[Tensor, "state d_model"]]:
-        """States of the unedited host at the edited tokens; `mask` then says which tokens they are."""
-        with torch.no_grad():
-            return self({}).states
-
-    mask: Bool[Tensor, "row pos"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,15 +80,17 @@ class TrainingResult:
     margins: tuple[float, ...]
     losses: tuple[float, ...]
     n_steps: int
-    stopped: Literal["margin", "loss", "max_steps"]
+    stopped: Stopped
 
 
-Penalty = Callable[[int, Predictions], Tensor | None]
+# Further terms of the loss at a step, of each block by itself; told which block each text belongs to, where
+# blocks are trained apart.
+Penalty = Callable[[int, Predictions, Layers, Int[Tensor, " row"] | None], Float[Tensor, " block"] | None]
 
 
 def train(
     run: TargetPass,
-    trained: Mapping[Site, SubspaceIntervention],
+    trained: Layers,
     others: Mapping[Site, Parts],
     config: TrainingConfig,
     *,
@@ -195,36 +112,211 @@ def train(
     Raises:
         EditError: If the loss is not finite, or the bases cannot be made orthonormal again.
     """
-    bases = [p for part in trained.values() for p in (part.R, part.A, part.b)]
-    gates = [p for part in trained.values() for p in part.gate.parameters() if p.requires_grad]
-    groups = [{"params": bases, "rate": config.learning_rate}]
-    if gates:
-        groups.append({"params": gates, "rate": config.gate_learning_rate})
-    optimizer = torch.optim.Adam(groups, lr=config.learning_rate)
     parts = {site: (*others.get(site, ()), part) for site, part in trained.items()}
+    optimizer = _Optimizer(trained, config)
     losses: list[float] = []
     for step in range(config.max_steps + 1):
         with torch.enable_grad():
             predictions = run(parts)
-            loss = target_cross_entropy(predictions.logits, run.targets, run.rows)
-            cross_entropy = loss.item()
-            extra = penalty(step, predictions) if penalty else None
-            if extra is not None:
-                loss = loss + extra.to(loss)
+            cross_entropy = target_cross_entropy(predictions.logits, run.targets, run.rows)
+            loss = _penalized(cross_entropy, penalty, step, predictions, trained)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise _broke_down(config, step, losses[-1])
         margins = _row_margins(predictions.logits.detach(), run)
-        stopped = _stopped(config, step, cross_entropy, margins)
+        stopped = _stopped(config, step, cross_entropy.item(), margins.min().item())
         if stopped is not None:
-            return TrainingResult(margins, tuple(losses), step, stopped)
-        try:
-            _step(optimizer, loss, [*bases, *gates], trained, config, step)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # R cannot be made orthonormal
-            raise _broke_down(config, step, losses[-1]) from error
+            return TrainingResult(tuple(margins.tolist()), tuple(losses), step, stopped)
+        optimizer.step(optimizer.gradients(loss), step)
         if on_step is not None:
             on_step(step + 1, config.max_steps, losses[-1])
     raise AssertionError("the last step always stops")
+
+
+def train_apart(
+    run: TargetPass,
+    trained: Layers,
+    others: Mapping[Site, Parts],
+    config: TrainingConfig,
+    blocks: Int[Tensor, " row"],
+    *,
+    penalty: Penalty | None = None,
+    on_step: OnStep | None = None,
+) -> tuple[list[TrainingResult | EditError], Layers]:
+    """Trains every block by itself, all in one batch: the same as training one after the other.
+
+    Each text is edited by its own block alone, each block has its own loss and stops by itself; one that has
+    stopped leaves the batch.
+
+    Args:
+        run: Shows the predictions.
+        trained: What is trained, as many blocks at every site as there are edits.
+        others: What else is in force, on all texts.
+        config: How.
+        blocks: Which block each text belongs to, `[row]`, in rising order.
+        penalty: Further terms of the loss at a step, or None.
+        on_step: Called after every step with its number, the most there can be, and the mean loss.
+
+    Returns:
+        What became of each block, an error where its training broke down; and all blocks, trained.
+    """
+    left = _Left(run, trained, torch.arange(int(blocks.max()) + 1, device=blocks.device), blocks)
+    optimizer = _Optimizer(trained, config)
+    losses: dict[int, list[float]] = {int(name): [] for name in left.names}
+    results: dict[int, TrainingResult | EditError] = {}
+    kept: dict[int, Layers] = {}
+    for step in range(config.max_steps + 1):
+        with torch.enable_grad():
+            predictions = left.run(others, (left.trained, left.blocks))
+            of_rows = row_cross_entropy(predictions.logits, left.run.targets, left.run.rows)
+            cross_entropy = left.mean_over_rows(of_rows)
+            loss = _penalized(cross_entropy, penalty, step, predictions, left.trained, left.blocks)
+        margins = _row_margins(predictions.logits.detach(), left.run)
+        done = []
+        for i, (name, now, plain) in enumerate(
+            zip(left.names.tolist(), loss.tolist(), cross_entropy.tolist(), strict=True)
+        ):
+            losses[name].append(now)
+            mine = margins[left.blocks == i]
+            stopped = _stopped(config, step, plain, mine.min().item())
+            if not math.isfinite(now):
+                results[name] = _broke_down(config, step, now)
+            elif stopped is not None:
+                results[name] = TrainingResult(tuple(mine.tolist()), tuple(losses[name]), step, stopped)
+            if name in results:
+                done.append(i)
+                kept[name] = {site: part.select(_index(i, part)) for site, part in left.trained.items()}
+        if len(done) == len(left.names):
+            break
+        staying = torch.tensor([i for i in range(len(left.names)) if i not in done], device=blocks.device)
+        gradients = optimizer.gradients(loss[staying].sum())
+        if done:
+            left = left.only(staying)
+            gradients = [gradient[staying.to(gradient.device)] for gradient in gradients]
+            optimizer = optimizer.only(left.trained, staying)
+        optimizer.step(gradients, step)
+        if on_step is not None:
+            on_step(step + 1, config.max_steps, loss.detach().mean().item())
+    in_order = [kept[name] for name in sorted(kept)]
+    return [results[name] for name in sorted(results)], {
+        site: concatenate([layers[site].frozen() for layers in in_order]) for site in trained
+    }
+
+
+def train_in_batches(
+    run: TargetPass,
+    trained: Layers,
+    others: Mapping[Site, Parts],
+    config: TrainingConfig,
+    edits: Int[Tensor, " row"],
+    *,
+    penalty: Penalty | None = None,
+    on_step: OnStep | None = None,
+) -> TrainingResult:
+    """As `train`, a mini-batch of edits a step, breadth first: again and again through all of them.
+
+    Args:
+        run: Shows the predictions.
+        trained: What is trained; changed in place.
+        others: What else is in force.
+        config: How; `max_steps` counts the rounds through all edits.
+        edits: Which edit each text belongs to, `[row]`.
+        penalty: Further terms of the loss at a step, or None.
+        on_step: Called after every round with its number, the most there can be, and its mean loss.
+
+    Raises:
+        EditError: If the loss is not finite, or the bases cannot be made orthonormal again.
+    """
+    parts = {site: (*others.get(site, ()), part) for site, part in trained.items()}
+    optimizer = _Optimizer(trained, config)
+    n_edits, losses, n_steps = int(edits.max()) + 1, [], 0
+    for epoch in range(config.max_steps):
+        order = torch.randperm(n_edits, generator=torch.Generator().manual_seed(epoch)).to(edits.device)
+        met, total = True, 0.0
+        for chunk in order.split(config.edits_at_once):
+            rows = torch.isin(edits, chunk).nonzero()[:, 0]
+            part_of_run = run.select(rows)
+            with torch.enable_grad():
+                predictions = part_of_run(parts)
+                of_rows = row_cross_entropy(predictions.logits, part_of_run.targets, part_of_run.rows)
+                loss = _penalized(of_rows.mean(), penalty, epoch, predictions, trained)
+            if not math.isfinite(loss.item()):
+                raise _broke_down(config, epoch, loss.item())
+            margin = _row_margins(predictions.logits.detach(), part_of_run).min().item()
+            met = met and _stopped(config, 0, of_rows.mean().item(), margin) is not None
+            optimizer.step(optimizer.gradients(loss), epoch)
+            total, n_steps = total + loss.item() * len(chunk) / n_edits, n_steps + 1
+        losses.append(total)
+        if on_step is not None:
+            on_step(epoch + 1, config.max_steps, total)
+        last = epoch + 1 == config.max_steps
+        if met or last:  # as seen before each step; now once more, all under the final bases
+            margins, cross_entropy = _look_again(run, parts, edits, config)
+            stopped = _stopped(config, config.max_steps if last else 0, cross_entropy, margins.min().item())
+            if stopped is not None:
+                return TrainingResult(tuple(margins.tolist()), tuple(losses), n_steps, stopped)
+    raise AssertionError("the last round always stops")
+
+
+@torch.no_grad()
+def _look_again(
+    run: TargetPass, parts: Mapping[Site, Parts], edits: Int[Tensor, " row"], config: TrainingConfig
+) -> tuple[Float[Tensor, " row"], float]:
+    """The margins of all texts, and their mean cross-entropy."""
+    margins, cross_entropy = [], []
+    for chunk in torch.arange(int(edits.max()) + 1, device=edits.device).split(config.edits_at_once):
+        here = run.select(torch.isin(edits, chunk).nonzero()[:, 0])
+        logits = here(parts).logits
+        margins.append(_row_margins(logits, here))
+        cross_entropy.append(row_cross_entropy(logits, here.targets, here.rows))
+    return torch.cat(margins), torch.cat(cross_entropy).mean().item()
+
+
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """The blocks that are still trained.
+
+    Args:
+        run: Shows the predictions of their texts.
+        trained: The blocks.
+        names: Their numbers among all, `[block]`.
+        blocks: Which of them each text belongs to, `[row]`.
+    """
+
+    run: TargetPass
+    trained: Layers
+    names: Int[Tensor, " block"]
+    blocks: Int[Tensor, " row"]
+
+    def mean_over_rows(self, of_rows: Float[Tensor, " row"]) -> Float[Tensor, " block"]:
+        """The mean over the texts of each block."""
+        sums = of_rows.new_zeros(len(self.names)).index_add(0, self.blocks.to(of_rows.device), of_rows)
+        return sums / self.blocks.bincount(minlength=len(self.names)).to(of_rows.device)
+
+    def only(self, staying: Int[Tensor, " kept"]) -> "_Left":
+        """Those that go on."""
+        rows = torch.isin(self.blocks, staying).nonzero()[:, 0]
+        new = torch.searchsorted(staying, self.blocks[rows])
+        trained = {site: part.select(staying.to(part.R.device)) for site, part in self.trained.items()}
+        return _Left(self.run.select(rows), trained, self.names[staying], new)
+
+
+def _index(i: int, part: SubspaceIntervention) -> Int[Tensor, "1"]:
+    return torch.tensor([i], device=part.R.device)
+
+
+def _penalized(
+    cross_entropy: Tensor,
+    penalty: Penalty | None,
+    step: int,
+    predictions: Predictions,
+    trained: Layers,
+    blocks: Int[Tensor, " row"] | None = None,
+) -> Tensor:
+    extra = penalty(step, predictions, trained, blocks) if penalty else None
+    if extra is None:
+        return cross_entropy
+    return cross_entropy + (extra.sum() if blocks is None else extra).to(cross_entropy)
 
 
 def _broke_down(config: TrainingConfig, step: int, loss: float) -> EditError:
@@ -234,47 +326,92 @@ def _broke_down(config: TrainingConfig, step: int, loss: float) -> EditError:
     )
 
 
-def _row_margins(logits: Float[Tensor, "token vocab"], run: TargetPass) -> tuple[float, ...]:
+def _row_margins(logits: Float[Tensor, "token vocab"], run: TargetPass) -> Float[Tensor, " row"]:
     margins = target_margins(logits, run.targets)
     lowest = margins.new_full((int(run.rows.max()) + 1,), float("inf"))
-    return tuple(lowest.scatter_reduce(0, run.rows, margins, "amin").tolist())
+    return lowest.scatter_reduce(0, run.rows, margins, "amin")
 
 
-def _stopped(
-    config: TrainingConfig, step: int, cross_entropy: float, margins: tuple[float, ...]
-) -> Literal["margin", "loss", "max_steps"] | None:
-    if config.stop_margin is not None and min(margins) >= config.stop_margin:
+def _stopped(config: TrainingConfig, step: int, cross_entropy: float, margin: float) -> Stopped | None:
+    if config.stop_margin is not None and margin >= config.stop_margin:
         return "margin"
     if config.stop_loss is not None and cross_entropy < config.stop_loss:
         return "loss"
     return "max_steps" if step == config.max_steps else None
 
 
-def _step(
-    optimizer: torch.optim.Optimizer,
-    loss: Tensor,
-    parameters: Sequence[torch.nn.Parameter],
-    trained: Mapping[Site, SubspaceIntervention],
-    config: TrainingConfig,
-    step: int,
-) -> None:
-    # Only what is trained gets a gradient, whether or not the host's weights ask for one. A basis behind
-    # a shut gate has none; its gradient is zero.
-    if not loss.requires_grad:
-        raise EditError(
-            "no gate opens at the edit, so there is nothing to train: lower gate_threshold, gate_midpoint or "
-            "gate_clearance, or raise gate_sharpness"
-        )
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
-    left = 1.0 - step / config.max_steps if config.schedule == "linear" else 1.0
-    for group in optimizer.param_groups:
-        group["lr"] = group["rate"] * left
-    with torch.no_grad():
-        for part in trained.values():
+@dataclass
+class _Optimizer:
+    """Adam, with `R` kept orthonormal.
+
+    Args:
+        trained: What is trained, one part a site.
+        config: How.
+    """
+
+    trained: Layers
+    config: TrainingConfig
+    adam: torch.optim.Adam = field(init=False)
+
+    def __post_init__(self) -> None:
+        bases = [p for part in self.trained.values() for p in (part.R, part.A, part.b)]
+        gates = [p for part in self.trained.values() for p in part.gate.parameters() if p.requires_grad]
+        self.parameters: list[torch.nn.Parameter] = [*bases, *gates]
+        groups = [{"params": bases, "rate": self.config.learning_rate}]
+        if gates:
+            groups.append({"params": gates, "rate": self.config.gate_learning_rate})
+        self.adam = torch.optim.Adam(groups, lr=self.config.learning_rate)
+
+    def gradients(self, loss: Float[Tensor, ""]) -> list[Tensor]:
+        """Of every parameter; zero of a basis behind a shut gate.
+
+        Only what is trained gets one, whether or not the host's weights ask for it.
+
+        Raises:
+            EditError: If nothing acts on the loss.
+        """
+        if not loss.requires_grad:
+            raise EditError(
+                "no gate opens at the edit, so there is nothing to train: lower gate_threshold, "
+                "gate_midpoint or gate_clearance, or raise gate_sharpness"
+            )
+        found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        return [
+            torch.zeros_like(parameter) if gradient is None else gradient
+            for parameter, gradient in zip(self.parameters, found, strict=True)
+        ]
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor], step: int) -> None:
+        """Moves everything that is trained.
+
+        Raises:
+            EditError: If bases cannot be made orthonormal again.
+        """
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        left = 1.0 - step / self.config.max_steps if self.config.schedule == "linear" else 1.0
+        for group in self.adam.param_groups:
+            group["lr"] = group["rate"] * left
+        for part in self.trained.values():
             assert part.R.grad is not None, "it was put there above"
             part.R.grad = tangent(part.R, part.R.grad)
-        optimizer.step()
-        for part in trained.values():
-            part.R.copy_(retract(part.R))
+        self.adam.step()
+        try:
+            for part in self.trained.values():
+                part.R.copy_(retract(part.R))
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # the rows of R are dependent
+            raise EditError(
+                f"training broke down at step {step}: the bases became dependent; lower learning_rate (it is "
+                f"{self.config.learning_rate})"
+            ) from error
+
+    def only(self, trained: Layers, staying: Int[Tensor, " kept"]) -> "_Optimizer":
+        """The same for some of the blocks, with what it remembers of them."""
+        found = _Optimizer(trained, self.config)
+        for old, new in zip(self.parameters, found.parameters, strict=True):
+            found.adam.state[new] = {
+                name: value[staying.to(value.device)] if value.shape == old.shape else value.clone()
+                for name, value in self.adam.state[old].items()
+            }
+        return found

@@ -13,22 +13,40 @@ from abc import ABC, abstractmethod
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from baft.errors import ConfigError
 
 
 class Gate(nn.Module, ABC):
-    """A weight in [0, 1] for every basis, as a function of the hidden state alone."""
+    """A weight in [0, 1] for every basis, as a function of the hidden state alone.
+
+    Attributes:
+        threshold: The weight up to which a basis stays shut; 0 where there is no hard zero.
+    """
+
+    threshold: float = 0.0
 
     @abstractmethod
     def soft(self, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch block rank"]:
         """The weights before any hard zero; what the regularizers see."""
 
     @abstractmethod
+    def soft_each(self, h: Float[Tensor, "block token d_model"]) -> Float[Tensor, "block token rank"]:
+        """The same where every block has states of its own, and sees no others."""
+
+    @abstractmethod
+    def select(self, blocks: Int[Tensor, " kept"]) -> "Gate":
+        """The gate of some of the blocks, in memory of its own."""
+
     def weights(self, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch block rank"]:
         """The weights that act."""
+        return hard_zero(self.soft(h), self.threshold)
+
+    def weights_each(self, h: Float[Tensor, "block token d_model"]) -> Float[Tensor, "block token rank"]:
+        """The same where every block has states of its own, and sees no others."""
+        return hard_zero(self.soft_each(h), self.threshold)
 
 
 @final
@@ -48,9 +66,13 @@ class OpenGate(Gate):
         """All ones."""
         return h.new_ones(*h.shape[:-1], self.n_blocks, self.rank)
 
-    def weights(self, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch block rank"]:
+    def soft_each(self, h: Float[Tensor, "block token d_model"]) -> Float[Tensor, "block token rank"]:
         """All ones."""
-        return self.soft(h)
+        return h.new_ones(*h.shape[:-1], self.rank)
+
+    def select(self, blocks: Int[Tensor, " kept"]) -> "OpenGate":
+        """As many blocks as are kept."""
+        return OpenGate(len(blocks), self.rank)
 
 
 @final
@@ -91,9 +113,13 @@ class LogisticGate(Gate):
         logits = h @ self.U.flatten(0, 1).T + self.c.flatten()
         return torch.sigmoid(logits).unflatten(-1, self.c.shape)
 
-    def weights(self, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch block rank"]:
-        """The logistic regression behind its hard zero."""
-        return hard_zero(self.soft(h), self.threshold)
+    def soft_each(self, h: Float[Tensor, "block token d_model"]) -> Float[Tensor, "block token rank"]:
+        """The logistic regression, each block's on its own states."""
+        return torch.sigmoid(torch.baddbmm(self.c.unsqueeze(1), h, self.U.mT))
+
+    def select(self, blocks: Int[Tensor, " kept"]) -> "LogisticGate":
+        """The slopes and intercepts of the blocks that are kept."""
+        return LogisticGate(self.U[blocks], self.c[blocks], threshold=self.threshold)
 
 
 @final
@@ -128,9 +154,19 @@ class ConditionedGate(Gate):
         logits = ((h - self.mean) * self.stretch) @ self.V.flatten(0, 1).T + self.v.flatten()
         return torch.sigmoid(logits).unflatten(-1, self.v.shape)
 
-    def weights(self, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch block rank"]:
-        """The same: the paper's gate has no hard zero."""
-        return self.soft(h)
+    def soft_each(self, h: Float[Tensor, "block token d_model"]) -> Float[Tensor, "block token rank"]:
+        """The logistic regression on conditioned states, each block's on its own."""
+        z = (h - self.mean) * self.stretch
+        return torch.sigmoid(torch.baddbmm(self.v.unsqueeze(1), z, self.V.mT))
+
+    def select(self, blocks: Int[Tensor, " kept"]) -> "ConditionedGate":
+        """The blocks that are kept, on the same conditioning."""
+        kept = ConditionedGate(len(blocks), self.v.shape[1], mean=self.mean, scale=torch.ones_like(self.mean))
+        kept.stretch = self.stretch
+        with torch.no_grad():
+            kept.V.copy_(self.V[blocks])
+            kept.v.copy_(self.v[blocks])
+        return kept
 
     def fold(self) -> LogisticGate:
         """The same function of raw states: `U = V * stretch`, `c = v - U mean`."""

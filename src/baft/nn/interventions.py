@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import final
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from baft.nn.gates import ConditionedGate, Gate, LogisticGate, OpenGate
@@ -86,6 +86,33 @@ class SubspaceIntervention(nn.Module):
         readout = h @ (self.A - self.R).flatten(0, 1).T + self.b.flatten()
         return (w.flatten(-2) * readout) @ self.R.flatten(0, 1), w
 
+    def delta_each(
+        self, h: Float[Tensor, "token d_model"], blocks: Int[Tensor, " token"]
+    ) -> tuple[Float[Tensor, "token d_model"], Float[Tensor, "token rank"]]:
+        """The change of every state by one block alone, and that block's weights.
+
+        Args:
+            h: The states.
+            blocks: Which block changes each of them.
+        """
+        place = _Places(blocks, self.n_blocks)
+        own = place.spread(h)
+        w = self.gate.weights_each(own)
+        readout = torch.baddbmm(self.b.unsqueeze(1), own, (self.A - self.R).mT)
+        return place.gather((w * readout) @ self.R), place.gather(w)
+
+    def soft_each(
+        self, h: Float[Tensor, "token d_model"], blocks: Int[Tensor, " token"]
+    ) -> Float[Tensor, "token rank"]:
+        """The weights of one block at every state, before any hard zero."""
+        place = _Places(blocks, self.n_blocks)
+        return place.gather(self.gate.soft_each(place.spread(h)))
+
+    def select(self, blocks: Int[Tensor, " kept"]) -> "SubspaceIntervention":
+        """Some of the blocks, in memory of their own; trained on where this one is."""
+        R, A, b = (one.detach()[blocks] for one in (self.R, self.A, self.b))
+        return SubspaceIntervention(R, A, b, self.gate.select(blocks)).requires_grad_(self.R.requires_grad)
+
     def frozen(self) -> "SubspaceIntervention":
         """A copy that shares no memory and takes no gradient, its gate in the paper's form."""
         gate = self.gate.fold() if isinstance(self.gate, ConditionedGate) else self.gate
@@ -119,19 +146,53 @@ def concatenate(parts: Sequence[SubspaceIntervention]) -> SubspaceIntervention:
     return fused.requires_grad_(False)
 
 
+class _Places:
+    """Tokens laid out by block, in rows that are as long as the fullest.
+
+    Args:
+        blocks: The block of each token.
+        n_blocks: How many blocks there are.
+    """
+
+    def __init__(self, blocks: Int[Tensor, " token"], n_blocks: int):
+        counts = blocks.bincount(minlength=n_blocks)
+        order = blocks.argsort(stable=True)
+        first = (counts.cumsum(0) - counts)[blocks[order]]
+        self._slots = torch.empty_like(blocks)
+        self._slots[order] = torch.arange(len(blocks), device=blocks.device) - first
+        self._blocks, self._shape = blocks, (n_blocks, int(counts.max()))
+
+    def spread(self, x: Float[Tensor, "token n"]) -> Float[Tensor, "block slot n"]:
+        """Tokens by block, zero where a block has fewer."""
+        return x.new_zeros(*self._shape, x.shape[-1]).index_put((self._blocks, self._slots), x)
+
+    def gather(self, x: Float[Tensor, "block slot n"]) -> Float[Tensor, "token n"]:
+        """The inverse."""
+        return x[self._blocks, self._slots]
+
+
 def intervene(
-    parts: Sequence[SubspaceIntervention], h: Float[Tensor, "token d_model"]
+    parts: Sequence[SubspaceIntervention],
+    h: Float[Tensor, "token d_model"],
+    own: tuple[SubspaceIntervention, Int[Tensor, " token"]] | None = None,
 ) -> tuple[Float[Tensor, "token d_model"], Bool[Tensor, " token"]]:
     """`Phi(h)` for all parts together, and where any gate opens.
 
     A state at which every weight is zero comes back bit for bit. The arithmetic is done in the parts'
     precision and cast back to that of `h`.
+
+    Args:
+        parts: What acts on every state.
+        h: The states.
+        own: What else acts, one of its blocks on each state, and which.
     """
-    work = h.to(parts[0].R.dtype)
+    work = h.to((parts[0] if own is None else own[0]).R.dtype)
     change = torch.zeros_like(work)
     is_open = torch.zeros(h.shape[0], dtype=torch.bool, device=h.device)
-    for part in parts:
-        delta, w = part.delta(work)
+    changes = [part.delta(work) for part in parts] + (
+        [] if own is None else [own[0].delta_each(work, own[1])]
+    )
+    for delta, w in changes:
         change = change + delta
         is_open = is_open | (w > 0).flatten(1).any(-1)
     return torch.where(is_open.unsqueeze(-1), (work + change).to(h.dtype), h), is_open

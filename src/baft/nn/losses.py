@@ -15,7 +15,14 @@ BalanceForm = Literal["running", "running_times_t", "exponential", "current"]
 def target_cross_entropy(
     logits: Float[Tensor, "token vocab"], targets: Int[Tensor, " token"], rows: Int[Tensor, " token"]
 ) -> Float[Tensor, ""]:
-    """Mean over sequences of the mean cross-entropy, in nats, over a sequence's target tokens.
+    """Mean over sequences of `row_cross_entropy`."""
+    return row_cross_entropy(logits, targets, rows).mean()
+
+
+def row_cross_entropy(
+    logits: Float[Tensor, "token vocab"], targets: Int[Tensor, " token"], rows: Int[Tensor, " token"]
+) -> Float[Tensor, " row"]:
+    """The mean cross-entropy, in nats, over the target tokens of each sequence.
 
     Args:
         logits: Predictions at the positions before each target token.
@@ -26,7 +33,7 @@ def target_cross_entropy(
     n_rows = int(rows.max()) + 1
     sums = losses.new_zeros(n_rows).index_add(0, rows, losses)
     counts = losses.new_zeros(n_rows).index_add(0, rows, torch.ones_like(losses))
-    return (sums / counts).mean()
+    return sums / counts
 
 
 def target_margins(
@@ -46,8 +53,10 @@ def _precise(logits: Float[Tensor, "token vocab"]) -> Float[Tensor, "token vocab
 
 def load_balance(
     current: Float[Tensor, "*block rank"], past: Float[Tensor, "*block rank"]
-) -> Float[Tensor, ""]:
+) -> Float[Tensor, "*block"]:
     """Squared coefficient of variation of the load on the bases: `Var_k(M + m) / (Mean_k(M + m)^2 + eps)`.
+
+    Of each block by itself.
 
     Args:
         current: `m`, mean weight of every basis over the edited tokens of this edit; carries gradient.
@@ -58,7 +67,7 @@ def load_balance(
     """
     load = past.detach() + current
     mean = load.mean(-1)
-    return (load.var(-1, correction=0) / (mean.square() + 1e-10)).mean()
+    return load.var(-1, correction=0) / (mean.square() + 1e-10)
 
 
 def accumulate_load(
@@ -74,6 +83,6 @@ def accumulate_load(
     return (0.9 * past if form == "exponential" else past) + current
 
 
-def locality(w: Float[Tensor, "*token block rank"]) -> Float[Tensor, ""]:
-    """`R_loc` of one layer: mean of `w_k(h)^2` over bases and over states of unrelated text."""
-    return w.square().mean()
+def locality(w: Float[Tensor, "token block rank"]) -> Float[Tensor, " block"]:
+    """`R_loc` of one layer: mean of `w_k(h)^2` over a block's bases and states of unrelated text."""
+    return w.square().mean((0, -1))

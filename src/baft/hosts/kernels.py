@@ -1,0 +1,108 @@
+"""Faster products on CPUs, for passes whose results are compared only among themselves.
+
+On processors that are not Intel's, torch hands float32 matrix products to a library that uses half of what
+they can do; oneDNN, which torch carries as well, uses all of it (`docs/performance.md`). Inside
+`fast_linears` every plain float32 linear layer on the CPU runs there. The two round differently, so what a
+user is shown of a model never runs inside: there the edited model must be the host, bit for bit, wherever
+no gate opens.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+@contextlib.contextmanager
+def fast_linears() -> Iterator[None]:
+    """Runs plain float32 linear layers on the CPU through oneDNN, in this thread, inside the `with` block.
+
+    Everything else is left as it is: other devices and precisions, quantized weights, and torch builds
+    without oneDNN. Gradients flow to the layer's input alone, never to weights or bias; a layer whose weights
+    somebody wants gradients of does not belong inside.
+    """
+    kernel = _kernel()
+    if kernel is None:
+        yield
+        return
+    with _Rerouted(kernel):
+        yield
+
+
+@cache
+def _kernel() -> Callable[..., Tensor] | None:
+    """OneDNN's linear layer, if this torch has one that works; it is not part of torch's public interface."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        kernel = torch.ops.mkldnn._linear_pointwise.default
+        x, weight = torch.eye(3, 4), torch.arange(8.0).reshape(2, 4)
+        same = torch.allclose(kernel(x, weight, None, "none", [], ""), x @ weight.T)
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    return kernel if same else None
+
+
+class _Rerouted(TorchFunctionMode):
+    def __init__(self, kernel: Callable[..., Tensor]):
+        super().__init__()
+        self._kernel = kernel
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.linear and _fits(*args, **kwargs):
+            return _linear(self._kernel, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _fits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    return all(
+        type(one) in _PLAIN and one.dtype is torch.float32 and one.device.type == "cpu"
+        for one in (input, weight, *([] if bias is None else [bias]))
+    )
+
+
+def _linear(
+    kernel: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    if torch.is_grad_enabled() and input.requires_grad:
+        found: Tensor = _Linear.apply(input, weight, bias, kernel)  # type: ignore[no-untyped-call]
+        return found
+    return kernel(input.detach(), weight.detach(), None if bias is None else bias.detach(), "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    """`x W^T + bias`, with a gradient for `x` alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Float[Tensor, "*batch n_in"],
+        weight: Float[Tensor, "n_out n_in"],
+        bias: Float[Tensor, " n_out"] | None,
+        kernel: Callable[..., Tensor],
+    ) -> Float[Tensor, "*batch n_out"]:
+        """The product; the weight is kept for the way back, not the input."""
+        ctx.save_for_backward(weight)
+        ctx.kernel = kernel
+        return kernel(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """`gradient W`; the kernel takes the transposed weight without a copy."""
+        (weight,) = ctx.saved_tensors
+        return ctx.kernel(gradient, weight.t(), None, "none", [], ""), None, None, None

@@ -1,0 +1,214 @@
+"""Ways of running a host on the texts of an edit, for training: what it predicts where target tokens come.
+
+`FullPass` runs the whole host over the whole of every text. `SuffixPass` (`suffix.py`) gives the same
+numbers for a fraction of the work. A loop that trains knows only `TargetPass`.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from baft.hosts.architecture import Site
+from baft.hosts.edited_model import EditedModel, Parts, Recording
+from baft.hosts.encoding import EncodedEdit, Encoder
+from baft.hosts.kernels import fast_linears
+from baft.hosts.models import Host
+from baft.hosts.positions import PositionSpec
+from baft.nn.interventions import SubspaceIntervention
+
+logger = logging.getLogger(__name__)
+
+Own = tuple[Mapping[Site, SubspaceIntervention], Int[Tensor, " row"]]  # blocks, and which edits each row
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What the host predicts, under edits in training, where target tokens come next.
+
+    Args:
+        logits: `[token, vocab]`.
+        states: States at the edited tokens of each trained site, before its intervention, `[state, d_model]`.
+        state_rows: Which text each of these states belongs to, `[state]`.
+    """
+
+    logits: Float[Tensor, "token vocab"]
+    states: Mapping[Site, Float[Tensor, "state d_model"]]
+    state_rows: Int[Tensor, " state"]
+
+
+@runtime_checkable
+class TargetPass(Protocol):
+    """A way of running the host on the texts of a request.
+
+    Attributes:
+        targets: The target tokens, all texts one after the other, `[token]`.
+        rows: Which text each of them belongs to, `[token]`.
+    """
+
+    targets: Int[Tensor, " token"]
+    rows: Int[Tensor, " token"]
+
+    def __call__(self, parts: Mapping[Site, Parts], own: Own | None = None) -> Predictions:
+        """The predictions with the given interventions in force, and those that act on single rows."""
+
+    def select(self, rows: Int[Tensor, " kept"]) -> "TargetPass":
+        """The same on some of the texts."""
+
+
+@runtime_checkable
+class Pass(TargetPass, Protocol):
+    """A target pass that knows the edited tokens before anything is trained.
+
+    Attributes:
+        state_rows: The text of each edited token, `[state]`.
+        state_offsets: Its place in the text, counted from the end of the prompt: the last prompt token is -1.
+    """
+
+    state_rows: Int[Tensor, " state"]
+    state_offsets: Int[Tensor, " state"]
+
+    def states(self) -> Mapping[Site, Float[Tensor, "state d_model"]]:
+        """States of the unedited host at the edited tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Where target tokens are predicted, and what they are; all texts one after the other.
+
+    Args:
+        rows: Which text each belongs to, `[token]`.
+        offsets: How many tokens of the text's target stand before it, `[token]`.
+        ids: The tokens, `[token]`.
+    """
+
+    rows: Int[Tensor, " token"]
+    offsets: Int[Tensor, " token"]
+    ids: Int[Tensor, " token"]
+
+    @classmethod
+    def of(cls, texts: Sequence[EncodedEdit], device: torch.device) -> "Targets":
+        """Those of some texts."""
+        place = [(row, i, token) for row, text in enumerate(texts) for i, token in enumerate(text.target_ids)]
+        return cls(*torch.tensor(place, device=device).unbind(-1))
+
+    def select(self, rows: Int[Tensor, " kept"]) -> "Targets":
+        """Those of some of the texts, in their new order."""
+        found = [(self.rows == row).nonzero()[:, 0] for row in rows]
+        kept = torch.cat(found)
+        counts = torch.tensor([len(one) for one in found], device=kept.device)
+        new = torch.arange(len(rows), device=kept.device).repeat_interleave(counts)
+        return Targets(new, self.offsets[kept], self.ids[kept])
+
+
+class FullPass:
+    """Runs the whole host over the whole of every text.
+
+    Args:
+        host: The host.
+        encoder: Its encoder.
+        positions: Which tokens are edited.
+        texts: Prompts with their targets; more than one row where an edit has several renderings.
+        sites: Where states are wanted.
+
+    Attributes:
+        targets: The target tokens, `[token]`.
+        rows: The text of each, `[token]`.
+        state_rows: The text of each edited token, `[state]`.
+        state_offsets: Its place in the text, counted from the end of the prompt: the last prompt token is -1.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        encoder: Encoder,
+        positions: PositionSpec,
+        texts: Sequence[EncodedEdit],
+        sites: Sequence[Site],
+    ):
+        self._host, self._encoder, self._texts = host, encoder, texts
+        self.sites = tuple(sites)
+        self.edited = EditedModel(host.model, {}, positions)
+        device = host.model.device
+        # The last target token is only ever predicted, so the host need not see it.
+        inputs = [text.prompt_ids + text.target_ids[:-1] for text in texts]
+        n_prompt = [len(text.prompt_ids) for text in texts]
+        self.batch = encoder.pad(inputs, n_prompt, side="right", device=device)
+        where = Targets.of(texts, device)
+        self.rows, self.targets = where.rows, where.ids
+        # The host computes logits for these positions of every row, and for no others.
+        columns = self.batch.n_prompt_tokens[where.rows] - 1 + where.offsets
+        self._keep, self._columns = torch.unique(columns, return_inverse=True)
+        window = self.edited.window(
+            self.batch.input_ids, self.batch.attention_mask.bool(), self.batch.n_prompt_tokens
+        )
+        self.state_rows, place = window.edited.nonzero().unbind(-1)
+        self.state_offsets = place - self.batch.n_prompt_tokens[self.state_rows]
+
+    def __call__(self, parts: Mapping[Site, Parts], own: Own | None = None) -> Predictions:
+        """The predictions with the given interventions in force, and those that act on single rows."""
+        edited, seen = with_parts(self.edited, self.sites, parts, own), Recording()
+        with fast_linears():
+            output = edited(
+                self.batch.input_ids,
+                self.batch.attention_mask,
+                n_prompt_tokens=self.batch.n_prompt_tokens,
+                recording=seen,
+                use_cache=False,
+                logits_to_keep=self._keep,
+            )
+        logits = output.logits[self.rows, self._columns]
+        return Predictions(logits, {site: seen.at(site) for site in self.sites}, self.state_rows)
+
+    def states(self) -> Mapping[Site, Float[Tensor, "state d_model"]]:
+        """States of the unedited host at the edited tokens."""
+        with torch.no_grad():
+            return self({}).states
+
+    def select(self, rows: Int[Tensor, " kept"]) -> "FullPass":
+        """The same on some of the texts."""
+        texts = [self._texts[row] for row in rows.tolist()]
+        return FullPass(self._host, self._encoder, self.edited.positions, texts, self.sites)
+
+
+def with_parts(
+    edited: EditedModel, sites: Sequence[Site], parts: Mapping[Site, Parts], own: Own | None
+) -> EditedModel:
+    """The model with these interventions, and the others that a row has to itself."""
+    edited.interventions = {site: parts.get(site, ()) for site in sites}
+    return edited if own is None else edited.apart(*own)
+
+
+_verdicts: "WeakKeyDictionary[Any, dict[int, str | None]]" = WeakKeyDictionary()
+
+
+def why_full(
+    host: Host, encoder: Encoder, positions: PositionSpec, texts: Sequence[EncodedEdit], sites: Sequence[Site]
+) -> str | None:
+    """Why a host cannot be run by `SuffixPass`, or None if it can.
+
+    It is tried out once for a host and its first edited layer, on one text, against the full pass.
+    """
+    from baft.hosts.suffix import SuffixPass
+
+    known, first = _verdicts.setdefault(host.model, {}), min(sites).layer
+    if first not in known:
+        try:
+            with torch.no_grad():
+                full = FullPass(host, encoder, positions, texts[:1], sites)({}).logits.float()
+                quick = SuffixPass(host, encoder, positions, texts[:1], sites)({}).logits.float()
+            apart = ((full - quick).abs().max() / full.std()).item()
+            known[first] = None if apart < _TOLERANCE else f"both passes differ by {apart:.2g} of the spread"
+        except Exception as error:  # whatever a host's own code may say to being run in parts
+            known[first] = f"{type(error).__name__}: {error}"
+        if known[first]:
+            logger.info("%s is trained by full passes: %s", host.name, known[first])
+    return known[first]
+
+
+_TOLERANCE = 0.1  # of the logits' standard deviation; half precisions come to 0.02, a wrong cache to 1
