@@ -2,44 +2,33 @@
 
 import contextlib
 import copy
-import importlib
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from baft.hosts.architecture import Site, find_architecture, intervention_dtype
 from baft.hosts.encoding import EncodedEdit
+from baft.hosts.passes import FullPass
 from baft.hosts.positions import PositionSpec
+from baft.hosts.suffix import SuffixPass
 from baft.methods.baft import BaftEditor
+from baft.methods.base import EditOutcome
 from baft.methods.training import train
 from baft.nn.gates import ConditionedGate, Gate, LogisticGate, OpenGate
 from baft.nn.interventions import SubspaceIntervention
 from baft.nn.losses import target_margins
-from harness import timed
+from harness import summarize, timed
 from workload import Workload
 
 N_TIMED = 3  # successive steps whose mean is one measurement; one more goes before them
 LORA_STEPS = 70  # the published setting (EasyEdit's): r = 8 on q and v, alpha 32, Adam, 5e-3
 IGNORED = -100
-
-
-def of_this_checkout(name: str) -> Any:
-    """A pass or `fast_linears`, by name; None where this checkout does not have it."""
-    for module in ("baft.hosts.passes", "baft.hosts.kernels", "baft.methods.training"):
-        try:
-            found = getattr(importlib.import_module(module), name, None)
-        except ModuleNotFoundError as error:
-            if error.name != module:
-                raise
-            found = None
-        if found is not None:
-            return found
-    return None
 
 
 class PassSteps:
@@ -48,7 +37,7 @@ class PassSteps:
     The gates are of the preset's kind and open, but set to nothing in particular, which costs the same.
     """
 
-    def __init__(self, work: Workload, pass_class: Any):
+    def __init__(self, work: Workload, pass_class: type[FullPass] | type[SuffixPass]):
         self.work, self.pass_class = work, pass_class
         self.preparation_s: list[float] = []
         self.config = replace(work.config, max_steps=N_TIMED + 1, stop_margin=None, stop_loss=None)
@@ -85,22 +74,39 @@ class PassSteps:
 
 
 class WholeEdit:
-    """One edit from text to being in force, then taken back (which is not timed)."""
+    """One edit from text to being in force, then taken back (which is not timed).
 
-    def __init__(self, work: Workload, editor: BaftEditor):
-        self.work, self.editor = work, editor
-        self.n_steps: list[int] = []
-        self.decoded: list[bool] = []
+    Args:
+        work: What is edited.
+        editor: Makes the edits.
+        full: Whether the whole host runs at every step, as it does for hosts that cannot be run in parts.
+    """
+
+    def __init__(self, work: Workload, editor: BaftEditor, *, full: bool = False):
+        self.work, self.editor, self.full = work, editor, full
+        self.outcomes: list[EditOutcome] = []
 
     def __call__(self, number: int) -> float:
         """Seconds of one edit."""
-        began = time.perf_counter()
-        outcome = self.editor.apply(self.work.request(number))
-        took = time.perf_counter() - began
+        held = mock.patch("baft.methods.baft.why_full", return_value="it is measured")
+        with held if self.full else contextlib.nullcontext():
+            began = time.perf_counter()
+            outcome = self.editor.apply(self.work.request(number))
+            took = time.perf_counter() - began
         self.editor.reset()
-        self.n_steps.append(outcome.n_steps)
-        self.decoded.append(all(outcome.decoded))
+        if (outcome.why_full is not None) != self.full:
+            raise SystemExit(
+                f"the edit was to run {'in full' if self.full else 'in part'}: {outcome.why_full}"
+            )
+        self.outcomes.append(outcome)
         return took
+
+    def results(self) -> dict[str, Any]:
+        """Steps taken and edits decoded."""
+        return {
+            "n_steps": summarize([outcome.n_steps for outcome in self.outcomes]),
+            "decoded": sum(all(outcome.decoded) for outcome in self.outcomes) / len(self.outcomes),
+        }
 
 
 class PlainForward:
@@ -158,6 +164,14 @@ class Lora:
 
         self._run(number, N_TIMED + 1, note)  # from one look at the predictions to the next is one step
         return (ends[-1] - ends[0]) / N_TIMED
+
+    def results(self) -> dict[str, Any]:
+        """Steps taken and edits decoded."""
+        return {
+            "n_steps": self.n_steps,
+            "stopped_after": summarize(self.stopped_after),
+            "decoded": {name: sum(flags) / len(flags) for name, flags in self.decoded.items()},
+        }
 
     def fixed(self, number: int) -> float:
         """Seconds of an edit with the published number of steps."""

@@ -17,9 +17,12 @@ from typing import Any
 
 import torch
 
+from baft.hosts.kernels import fast_linears
 from baft.hosts.models import load_host
+from baft.hosts.passes import FullPass
+from baft.hosts.suffix import SuffixPass
 from baft.methods.baft import BaftEditor
-from contenders import Lora, PassSteps, PlainForward, Streaming, WholeEdit, of_this_checkout
+from contenders import Lora, PassSteps, PlainForward, Streaming, WholeEdit
 from harness import (
     Contender,
     Sheet,
@@ -40,7 +43,7 @@ from workload import Workload, bytes_above, data_folder, padded_out, questions
 PRESETS = ("default", "paper")
 LENGTHS = ("short", "long")
 CHEAP, FULL, PYREFT, LORA = "our cheap pass", "our full pass", "pyreft", "LoRA"
-PLAIN_FAST = "plain forward, our kernels"
+PLAIN_FAST, EDIT_FULL = "plain forward, our kernels", "whole edit, full pass"
 PLAIN, EDIT, LORA_FIXED, LORA_STOPPED = "plain forward", "whole edit", "LoRA, all steps", "LoRA, our stop"
 SUM, PRODUCT = "read by a sum", "read by a product"
 
@@ -52,10 +55,19 @@ class Setting:
     work: Workload
     contenders: dict[str, Contender]
     passes: dict[str, PassSteps]
-    edit: WholeEdit
+    whole: dict[str, WholeEdit]
     lora: Lora | None
     pyreft: PyreftSteps | None
     streaming: Streaming
+
+    def forget(self) -> None:
+        """Forgets what was counted so far."""
+        for steps in self.passes.values():
+            steps.preparation_s.clear()
+        for edit in self.whole.values():
+            edit.outcomes.clear()
+        if self.lora is not None:
+            self.lora.forget()
 
     def results(self, took: dict[str, list[float]]) -> dict[str, Any]:
         """Every figure of this setting."""
@@ -64,72 +76,50 @@ class Setting:
         n_buffer = self.streaming.n_bytes
         speed = [n_buffer / min(pair) for pair in zip(took[SUM], took[PRODUCT], strict=True)]
         bound = [2 * n_bytes / one for one in speed]
-        step = took.get(CHEAP, took[FULL])
-        against = {
-            f"{name} / our step": summarize(ratios(took[name], step))
-            for name in (FULL, PYREFT, LORA)
-            if name in took and took[name] is not step
+        step, edit = took[CHEAP], took[EDIT]
+        pairs = {
+            **{f"{name} / {CHEAP}": (took.get(name), step) for name in (FULL, PYREFT, LORA)},
+            f"{CHEAP} / memory bound": (step, bound),
+            **{f"{EDIT} / {name}": (edit, took.get(name)) for name in (PLAIN, PLAIN_FAST)},
+            **{f"{name} / {EDIT}": (took.get(name), edit) for name in (EDIT_FULL, LORA_FIXED, LORA_STOPPED)},
         }
-        whole = {
-            f"whole edit / {name}": summarize(ratios(took[EDIT], took[name]))
-            for name in (PLAIN, PLAIN_FAST)
-            if name in took
-        }
-        for name in (LORA_FIXED, LORA_STOPPED):
-            if name in took:
-                whole[f"{name} / whole edit"] = summarize(ratios(took[name], took[EDIT]))
         return {
             "layers": [site.layer for site in self.work.sites],
             "rank": self.work.config.rank,
             "n_rows": len(self.work.texts(0)),
             "prompt_tokens": [len(text.prompt_ids) for text in self.work.texts(0)],
-            "our_step_is": CHEAP if CHEAP in took else FULL,
             "seconds": {name: summarize(values) for name, values in took.items()},
             "preparation_s": {name: summarize(one.preparation_s) for name, one in self.passes.items()},
             "bytes_above_first_site": n_bytes,
             "bytes_per_s": summarize(speed),
             "bound_s": summarize(bound),
-            "ratios": {**against, "our step / memory bound": summarize(ratios(step, bound)), **whole},
-            "whole_edit": {
-                "n_steps": summarize(self.edit.n_steps),
-                "decoded": sum(self.edit.decoded) / len(self.edit.decoded),
+            "ratios": {
+                name: summarize(ratios(above, below))
+                for name, (above, below) in pairs.items()
+                if above is not None and below is not None
             },
-            "lora": {} if self.lora is None else self._lora(),
+            "edits": {name: one.results() for name, one in self.whole.items()},
+            "lora": None if self.lora is None else self.lora.results(),
             "pyreft_losses": None if self.pyreft is None else self.pyreft.losses,
-        }
-
-    def _lora(self) -> dict[str, Any]:
-        lora = self.lora
-        assert lora is not None
-        return {
-            "n_steps": lora.n_steps,
-            "stopped_after": summarize(lora.stopped_after),
-            "decoded": {name: sum(flags) / len(flags) for name, flags in lora.decoded.items()},
         }
 
 
 def prepare(args: argparse.Namespace, work: Workload, editor: BaftEditor, streaming: Streaming) -> Setting:
     """Everybody who takes part in one setting."""
     contenders: dict[str, Contender] = {SUM: streaming.sum, PRODUCT: streaming.product}
-    passes = {}
-    for name, kind in ((CHEAP, "SuffixPass"), (FULL, "FullPass")):
-        pass_class = of_this_checkout(kind)
-        if pass_class is None:
-            print(f"{name}: this checkout has no {kind}; it is left out", file=sys.stderr)
-            continue
-        passes[name] = PassSteps(work, pass_class)
+    passes: dict[str, PassSteps] = {}
+    for name, kind in ((CHEAP, SuffixPass), (FULL, FullPass)):
+        passes[name] = PassSteps(work, kind)
         contenders[name] = passes[name]
-    edit, lora, pyreft = WholeEdit(work, editor), None, None
-    contenders |= {PLAIN: PlainForward(work), EDIT: edit}
-    fast_linears = of_this_checkout("fast_linears")
-    if fast_linears is not None:
-        contenders[PLAIN_FAST] = PlainForward(work, fast_linears)
+    whole = {EDIT: WholeEdit(work, editor), EDIT_FULL: WholeEdit(work, editor, full=True)}
+    lora, pyreft = None, None
+    contenders |= {PLAIN: PlainForward(work), PLAIN_FAST: PlainForward(work, fast_linears), **whole}
     if "pyreft" not in args.without:
         contenders[PYREFT] = pyreft = PyreftSteps(work, args.threads)
     if "lora" not in args.without:
         lora = Lora(work, n_steps=3) if args.quick else Lora(work)
         contenders |= {LORA: lora.step, LORA_FIXED: lora.fixed, LORA_STOPPED: lora.stopped}
-    return Setting(work, contenders, passes, edit, lora, pyreft, streaming)
+    return Setting(work, contenders, passes, whole, lora, pyreft, streaming)
 
 
 def measure(args: argparse.Namespace, sheet: Sheet) -> dict[str, Any]:
@@ -147,12 +137,7 @@ def measure(args: argparse.Namespace, sheet: Sheet) -> dict[str, Any]:
             setting = prepare(args, Workload.of(editor, chosen), editor, streaming)
             sheet.tell(f"{preset}, {length} prompts: every contender once, not counted")
             alternate(setting.contenders, 1)
-            for seen in (setting.edit.n_steps, setting.edit.decoded):
-                seen.clear()
-            for one in setting.passes.values():
-                one.preparation_s.clear()
-            if setting.lora is not None:
-                setting.lora.forget()
+            setting.forget()
             took = alternate(setting.contenders, rounds, tell=sheet.tell)
             results[f"{preset}/{length}"] = setting.results(took)
             if setting.pyreft is not None:
@@ -170,11 +155,11 @@ def show(sheet: Sheet, results: dict[str, Any]) -> None:
         sheet.table(where, ("one turn of", "median (quartiles)"), rows)
         sheet.table("ratios, round by round", ("", "median (quartiles)"), _ratio_rows(found["ratios"]))
         speed: Summary = found["bytes_per_s"]
-        whole = found["whole_edit"]
+        edit = found["edits"][EDIT]
         sheet.say(
-            f"our step: {found['our_step_is']}; {found['bytes_above_first_site'] / 1e6:.0f} MB of weights "
-            f"above the first site, memory read at {speed.median / 1e9:.1f} GB/s; "
-            f"a whole edit took {whole['n_steps'].median:.0f} steps, {whole['decoded']:.0%} decoded\n"
+            f"{found['bytes_above_first_site'] / 1e6:.0f} MB of weights above the first site, "
+            f"memory read at {speed.median / 1e9:.1f} GB/s; "
+            f"a whole edit took {edit['n_steps'].median:.0f} steps, {edit['decoded']:.0%} decoded\n"
         )
 
 

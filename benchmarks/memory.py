@@ -29,8 +29,9 @@ from typing import Any
 import torch
 
 from baft.hosts.models import load_host
+from baft.hosts.passes import FullPass
 from baft.methods.baft import BaftEditor
-from contenders import PassSteps, PlainForward, WholeEdit, of_this_checkout
+from contenders import PassSteps, PlainForward, WholeEdit
 from harness import Sheet, document, n_rounds, parser, ratios, summarize, write
 from workload import Workload, data_folder, host_bytes, padded_out, questions
 
@@ -116,7 +117,7 @@ def one_process(args: argparse.Namespace) -> dict[str, Any]:
         whole(0)
     run: Callable[[int], float] = whole
     if args.contender == FULL:
-        run = PassSteps(work, of_this_checkout("FullPass"))
+        run = PassSteps(work, FullPass)
     elif args.contender == LORA:
         from contenders import Lora  # a second copy of the host: it is there before anything is counted
 

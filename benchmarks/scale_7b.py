@@ -44,9 +44,7 @@ SPECIALS = ("<unk>", "<s>", "</s>")
 
 def shape(*, quick: bool) -> LlamaConfig:
     """LLaMA-2-7B's, or a small one."""
-    sizes: dict[str, int] = {}
-    if quick:
-        common = {"vocab_size": 32_000, "max_position_embeddings": 4096}
+    common = {"vocab_size": 32_000, "max_position_embeddings": 4096}
     small = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "num_attention_heads": 4}
     made: Any = LlamaConfig
     found: LlamaConfig = made(**common, **(small if quick else {}))

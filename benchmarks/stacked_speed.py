@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
+from baft.errors import EditError
 from baft.hosts.models import load_host
 from baft.methods.baft import BaftEditor
+from baft.methods.base import EditOutcome
 from baft.types import Edit, EditRequest
 from harness import Sheet, alternate, document, n_rounds, parser, ratios, seconds, summarize, times, write
 from workload import data_folder, questions
@@ -47,21 +49,23 @@ class Made:
         first = number * self.size
         chosen = [self.edits[(first + i) % len(self.edits)] for i in range(self.size)]
         requests = [EditRequest((edit,)) for edit in chosen]
-        editor: Any = self.editor
+        editor, outcomes = self.editor, list[EditOutcome | EditError]()
         if self.stacked:
             began = time.perf_counter()
-            outcomes = list(editor.apart(requests))
+            outcomes += editor.apart(requests).outcomes
             took = time.perf_counter() - began
         else:
-            took, outcomes = 0.0, []
+            took = 0.0
             for request in requests:
                 began = time.perf_counter()
                 outcomes.append(editor.apply(request))
                 took += time.perf_counter() - began
                 editor.reset()  # the next one is alone again
-        editor.reset()
-        self.decoded += [all(outcome.decoded) for outcome in outcomes]
-        self.n_steps += [outcome.n_steps for outcome in outcomes]
+        for outcome in outcomes:
+            if isinstance(outcome, EditError):
+                raise outcome
+            self.decoded.append(all(outcome.decoded))
+            self.n_steps.append(outcome.n_steps)
         return took / self.size
 
 
@@ -69,8 +73,6 @@ def measure(args: argparse.Namespace, sheet: Sheet) -> dict[str, Any]:
     """All stack sizes, and edits alone."""
     torch.set_num_threads(args.threads)
     editor = BaftEditor(load_host(args.model), BaftEditor.preset(args.preset))
-    if not hasattr(editor, "apart"):
-        raise SystemExit("this checkout does not train edits as one stack: BaftEditor has no method apart")
     sizes = args.sizes or (SIZES[:2] if args.quick else SIZES)
     edits = questions(data_folder(args.data), editor.encoder, max(sizes), LENGTHS)
     n_alone = min(N_ALONE, len(edits))
