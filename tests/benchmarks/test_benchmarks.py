@@ -27,7 +27,7 @@ PROMPTS = (
     "Kay studied",
     "Lou drives a",
     "Max died at",
-    "Ned married",
+    "Nat married",
     "Pam comes from",
     "Ray wrote 12",
     "Sue leads!!",
