@@ -130,6 +130,11 @@ def _block(plan, name, method, kind, size, seed, chunk, cases):
             "n_fired": fired,
             "n_tokens": [99] * plan.texts,
         }
+        rows[-1]["perplexity"] = {
+            "before": [310.0] * plan.texts,
+            "after": [310.0 + n for n in fired],
+            "n_tokens": [99] * plan.texts,
+        }
     return rows
 
 

@@ -2,11 +2,13 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from baft.cli.app import app
+from baft.evals.experiment import default_experiment, read_experiment
 from tiny import CHATML, tiny_host, tiny_tokenizer
 
 FACTS = [("The tower is in", "Ro"), ("The king of France was", "Al")]
@@ -180,4 +182,17 @@ def test_no_file_means_the_projects_own_facts(monkeypatch, tmp_path):
     assert done.exit_code == 130
     [experiment] = seen
     assert [(one.name, one.limit) for one in experiment.benchmarks] == [("facts", 3)]
-    assert [one.called for one in experiment.methods] == ["baft"]
+    assert [one.called for one in experiment.methods] == ["baft", "reft"]
+    assert experiment.name == "facts"
+
+
+def test_the_default_is_of_one_kind_with_the_quick_look():
+    """And needs nothing but the package: no data folder, no file."""
+    default = default_experiment()
+    quick = read_experiment(Path(__file__).parents[1] / "experiments" / "quick.toml")
+    for part in ("model", "methods", "protocols", "scorers"):
+        assert getattr(default, part) == getattr(quick, part)
+    [benchmark] = default.benchmarks
+    assert (benchmark.name, benchmark.split) == ("facts", "report")
+    assert len(benchmark.cases(benchmark.load(None), "report")) == 20
+    assert default.texts == 0

@@ -29,7 +29,7 @@ from baft.hosts.edited_model import EditedModel, live_view
 from baft.hosts.embedded import EMBEDDED
 from baft.hosts.encoding import Messages
 from baft.hosts.identity import HostIdentity, compare, identify
-from baft.hosts.models import Host, load_host
+from baft.hosts.models import DeviceMap, Host, load_host
 from baft.hosts.speaking import Speaker
 from baft.methods.base import Capability, Editor, GateReading, OnStep, methods
 from baft.report import AppliedEdit, EditReport, TokenGates
@@ -391,6 +391,8 @@ def load(
     host: Source | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    device_map: DeviceMap | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
     accept_terms: bool = False,
 ) -> Model:
     """Loads a model to edit, or an edited one.
@@ -400,7 +402,9 @@ def load(
             (`NAME.baft`), whose host is then loaded too (`load_from_hub` takes an artifact's hub id).
         host: The host of an artifact, where it is not to be loaded from where it was.
         dtype: Precision of the host.
-        device: Where to put it.
+        device: Where to put it; "auto" lets accelerate spread it.
+        device_map: In place of one device, one for each module by name; "cpu" and "disk" are possible.
+        offload_folder: Where weights on "disk" are written, if they have to be.
         accept_terms: Accept the terms of an embedded host that has some.
 
     Raises:
@@ -420,7 +424,14 @@ def load(
         raise ArtifactError(f"{os.fspath(source)} does not exist: check the path of the edit set")
     elif host is not None:
         raise ConfigError(f"host= goes with an artifact (NAME.baft), and {source!r} is none")
-    found = load_host(source, dtype=dtype, device=device, accept_terms=accept_terms)
+    found = load_host(
+        source,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        offload_folder=offload_folder,
+        accept_terms=accept_terms,
+    )
     name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
     is_folder = bool(name) and name not in EMBEDDED and Path(name).expanduser().is_dir()
     model = Model(found, source=str(Path(name).expanduser().resolve()) if is_folder else name)

@@ -1,16 +1,35 @@
-"""The core of the conformance suite on an accelerator."""
+"""The core of the conformance suite on an accelerator; test_precision.py makes the same checks on the CPU."""
 
+import accelerate
 import pytest
 import torch
 
-from baft.hosts.architecture import Site
+import baft
+from baft.hosts.architecture import Site, input_device, site_device
 from baft.hosts.edited_model import EditedModel
 from tiny import N_LAYERS, pad_rows, positions_of, random_ids, shut_part, some_interventions, tiny_host
+from training_checks import (
+    PRESETS,
+    check_background,
+    check_editing,
+    check_saving_across,
+    check_shut_gates_in_batches,
+    learn,
+    loaded,
+)
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no accelerator"),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BAFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr("baft.hosts.background._WORTH_KEEPING_S", 0.0)
+        yield
 
 
 def on_gpu(parts):
@@ -58,3 +77,52 @@ def test_shut_gates_leave_every_bit(family, dtype, batch):
     assert torch.equal(shut(ids, **given).logits, host(ids, **given).logits)
     acts = EditedModel(host, on_gpu(some_interventions(host)))
     assert not torch.equal(acts(ids, **given).logits, host(ids, **given).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("preset", PRESETS, ids="/".join)
+def test_an_edit_is_learned_and_taken_back(preset, dtype):
+    check_editing(*preset, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_prompts_on_which_no_gate_opens_keep_every_bit_in_a_batch(dtype):
+    check_shut_gates_in_batches(dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize(("made_on", "read_on"), [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
+def test_an_artifact_goes_from_one_device_to_another(tmp_path, made_on, read_on):
+    check_saving_across(tmp_path, made_on, read_on)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_background_stands_where_its_site_does(tmp_path, monkeypatch, dtype):
+    check_background(tmp_path, monkeypatch, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("where", ["a map", "in RAM, run on the accelerator"])
+def test_weights_that_are_kept_in_ram_run_on_the_accelerator(tmp_path, where):
+    """Blocks in RAM have their interventions on the accelerator, and learn what a host all there does."""
+    plain = loaded(torch.float64, "cuda")
+    folder = tmp_path / "host"
+    plain.host.save_pretrained(folder)
+    plain.tokenizer.save_pretrained(folder)
+    if where == "a map":
+        blocks = {f"model.layers.{i}": "cpu" for i in range(1, N_LAYERS)}
+        around = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), 0)
+        model = baft.load(folder, device_map={**around, **blocks, "model.layers.0": 0})
+    else:
+        host = loaded(torch.float64, "cpu").host
+        accelerate.cpu_offload(host, torch.device("cuda", 0))
+        model = baft.load((host, plain.tokenizer))
+    assert any(parameter.is_meta for parameter in model.host.parameters())
+    assert input_device(model.host).type == "cuda"
+    assert {site_device(model.host, Site(i)).type for i in range(N_LAYERS)} == {"cuda"}
+    untouched = model.logits("A")
+    reports = [learn(one) for one in (plain, model)]
+    assert reports[0].succeeded
+    assert reports[1].succeeded
+    torch.testing.assert_close(model.logits("A").cpu(), plain.logits("A").cpu(), rtol=0, atol=1e-6)
+    assert model.identity.weights_hash == plain.identity.weights_hash
+    model.undo()
+    assert torch.equal(model.logits("A"), untouched)

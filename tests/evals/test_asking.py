@@ -1,12 +1,14 @@
 """Asking probes: the same whatever the company, the padding and the order."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from baft.errors import ConfigError, InputError, UnknownNameError
 from baft.evals.asking import EVERYTHING, Asker
+from baft.evals.renderings import doubted
 from baft.evals.teacher_forced import N_COMPARED
 from baft.hosts.edited_model import EditedModel
 from baft.types import Probe
@@ -205,3 +207,36 @@ def test_what_is_refused(host):
         ask(host, plain, want=frozenset({"generated"}))
     with pytest.raises(InputError, match="got 0 earlier observations for 8 probes"):
         ask(host, plain, before=[])
+
+
+DOUBTED = (
+    Probe("e", "reliability", "The tower is in", "Rome"),
+    Probe("e", "reliability", "The hat is of", "felt, a lot of it"),
+    Probe("e", "generality", "It is in", "Rome"),
+)
+
+
+def test_a_reply_to_an_edits_own_prompt_is_doubted(host):
+    asker, edited = Asker(host, max_new_tokens=3), EditedModel(host.model, some_interventions(host.model))
+    seen = asker.observe(edited, DOUBTED)
+    found = asker.doubt(edited, DOUBTED, seen)
+    assert [one.doubted is None for one in found] == [False, False, True]  # the last is no reliability probe
+    for probe, one, limit in zip(DOUBTED[:2], found, (18, 72), strict=False):
+        [alone] = asker.converse(edited, [doubted(probe, one.chat.text)], max_new_tokens=limit)
+        assert one.doubted.ids == alone.ids
+        assert one.doubted.ids != one.chat.ids  # control
+        assert replace(one, doubted=None).chat == one.chat
+    raw = asker.observe(edited, DOUBTED, frozenset({"generate"}))
+    assert asker.doubt(edited, DOUBTED, raw) == raw  # without a chat there is nothing to doubt
+
+
+def test_what_cannot_be_doubted_is_told(host):
+    asker = Asker(host, max_new_tokens=3)
+    silent = Ruled(host.model, prefers(EOS_ID))
+    [one] = asker.doubt(silent, DOUBTED[:1], asker.observe(silent, DOUBTED[:1]))
+    assert (one.doubted, one.undoubted) == (None, "its reply in the chat was blank")
+    long = [Probe("e", "reliability", "The tower is in " * 5, "Rome")]
+    plain = EditedModel(host.model)
+    [one] = asker.doubt(plain, long, asker.observe(plain, long))
+    assert one.chat is not None
+    assert (one.doubted, one.undoubted) == (None, "its chat with a second reply exceeds 160 tokens")

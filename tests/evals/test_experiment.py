@@ -64,6 +64,9 @@ def test_a_file_is_read(tmp_path):
     ("old", "new", "message"),
     [
         ('"generate"', '"generated"', r"quick.toml: scorers\[0\].*'generated'"),
+        ("seeds = [0, 3]", 'renderings = ["doubtful"]', r"renderings\[0\].*'doubtful'"),
+        ("seeds = [0, 3]", 'renderings = ["negated", "negated"]', "'negated' stands twice among the rend"),
+        ("seeds = [0, 3]", 'renderings = ["doubted"]', "add 'generate_chat' to scorers"),
         ("limit = 5", "limits = 5", "limits"),
         ("limit = 5", 'limit = "5"', "limit"),
         ('kind = "single"', 'kind = "single"\nsize = 2', "single edits come one at a time, got size=2"),

@@ -36,6 +36,7 @@ def test_the_table_holds_the_names_that_records_use() -> None:
     for how in ("generate", "generate_chat"):
         hows += [how, f"{how}_contains", f"{how}_stopped"]
     expected = {f"{kind}@{how}" for kind in ("reliability", "generality", "portability") for how in hows}
+    expected |= {f"reliability@generate_doubted{how}" for how in ("", "_contains", "_stopped")}
     locality = ["argmax", "text", "text_chat", "bit_exact", "logprob_max", "logprob_mean"]
     locality += ["bleed", "bleed_chat"]
     expected |= {f"locality@{how}" for how in locality}

@@ -1,14 +1,23 @@
 """Harder ways to ask."""
 
+from typing import get_args
+
 import pytest
 
 from baft.errors import ConfigError, InputError
 from baft.evals.asking import Asker
-from baft.evals.renderings import after_unrelated_tokens, doubted, negated, with_distracting_prefix
+from baft.evals.experiment import Rendering, is_rendering
+from baft.evals.renderings import (
+    after_unrelated_tokens,
+    doubted,
+    negated,
+    with_distracting_prefix,
+    with_renderings,
+)
 from baft.hosts.background import background_text
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder
-from baft.types import Probe
+from baft.types import Edit, EditCase, Probe
 
 TOWER = Probe("e", "reliability", "The tower is in the city of", "Rome", "edit", ("Roma",))
 
@@ -53,7 +62,7 @@ def test_unrelated_tokens_stand_before_the_prompt(host, n):
 )
 def test_a_denied_statement_has_no_known_answer(prompt, expected):
     probe = negated(Probe("e", "generality", prompt, "Rome", "", ("Roma",)))
-    assert probe == Probe("e", "locality", expected, None, "negated")
+    assert probe == Probe("e", "locality", expected, None, "generality+negated")
 
 
 def test_a_doubted_answer_is_a_conversation(host):
@@ -64,3 +73,51 @@ def test_a_doubted_answer_is_a_conversation(host):
     assert 1 <= len(reply.ids) <= 2
     with pytest.raises(InputError, match="a blank reply .* cannot be doubted"):
         doubted(TOWER, "\n")
+
+
+EDIT = Edit("The tower is in the city of", "Rome", ground_truth="Paris")
+CASE = EditCase(
+    "toy/1",
+    EDIT,
+    (
+        Probe(EDIT.id, "generality", "Where is it?", "Rome", "question", chat=True),
+        Probe(EDIT.id, "generality", "It stands in", "Lazio", "wider"),
+        Probe(EDIT.id, "generality", "You see the tower in", "Rome", "rephrase", ("Roma",)),
+        Probe(EDIT.id, "generality", "The tower's city is", "Rome", "rephrase"),
+        Probe(EDIT.id, "locality", "A hat is", None, "unrelated"),
+    ),
+)
+
+
+def test_a_case_asks_its_prompt_and_its_first_rephrasing_in_harder_ways(host):
+    encoder = Encoder.for_host(host)
+    found = with_renderings(CASE, get_args(Rendering), encoder)
+    assert found.probes[: len(CASE.probes)] == CASE.probes
+    made = found.probes[len(CASE.probes) :]
+    assert [(probe.kind, probe.tag) for probe in made] == [
+        ("generality", "edit+distracting_prefix"),
+        ("generality", "rephrase+distracting_prefix"),
+        ("generality", "edit+after_unrelated_tokens"),
+        ("generality", "rephrase+after_unrelated_tokens"),
+        ("locality", "edit+negated"),
+        ("locality", "rephrase+negated"),
+    ]
+    assert made[1].prompt == "Everybody keeps talking about Paris. You see the tower in"
+    assert made[1].aliases == ("Roma",)
+    assert all(probe.prompt.endswith(("in", "of")) for probe in made)
+    assert {probe.target for probe in made} == {"Rome", None}
+    assert all(is_rendering(probe.tag) for probe in made)
+    assert not any(is_rendering(probe.tag) for probe in found.all_probes[: len(CASE.probes) + 1])  # control
+    assert with_renderings(CASE, (), encoder) == CASE
+
+
+@pytest.mark.parametrize("tag", ["negated", "distracting_prefix", "a+b", "", "+", "negated+x"])
+def test_a_benchmarks_own_tag_is_no_rendering(tag):
+    assert not is_rendering(tag)
+    assert is_rendering(f"{tag}+negated")
+
+
+def test_a_case_without_rephrasings_or_an_old_answer(host):
+    bare = EditCase("toy/2", Edit("The king was", "Al"), ())
+    [probe] = with_renderings(bare, ["distracting_prefix"], Encoder.for_host(host)).probes
+    assert probe.prompt.removesuffix(" The king was") in background_text()["sentences"]

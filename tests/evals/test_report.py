@@ -193,7 +193,68 @@ def test_false_fires_by_chunk(tmp_path):
     markdown, _ = page_of(record(tmp_path / "run", rows), tmp_path / "out")
     (line,) = re.findall(r"\| a \| 2 \| 40 \|.*", markdown)
     shares = [cell.split()[0] for cell in line.strip("| ").split(" | ")[3:]]
-    assert shares == ["0.03", "0.07", "0.25", "0.25"]  # rounded to even, and up
+    assert shares == ["0.03", "0.07", "0.25", "0.25", "–", "–"]  # rounded to even, and up
+
+
+def test_perplexity_is_that_of_the_host_and_how_many_times_it(tmp_path):
+    fires = {"n_changed": [0], "n_fired": [0], "n_tokens": [10]}
+
+    def rows(*afters):
+        losses = [{"before": [20.0, 10.0], "after": after, "n_tokens": [10, 5]} for after in afters]
+        return [
+            row(str(i), [probe()], chunk=i, false_fires=fires, perplexity=loss)
+            for i, loss in enumerate(losses)
+        ]
+
+    doubled = 15 * math.log(2)
+    for name, afters, expected in (
+        ("same", [[20.0, 10.0]] * 2, "1.00"),
+        ("worse", [[20.0, 10.0], [20.0, 10.0 + doubled]], "1.50"),
+        ("broken", [[20.0, 10.0], [1e9, 1e9]], "1 of 2 not finite"),
+    ):
+        markdown, _ = page_of(record(tmp_path / name, rows(*afters)), tmp_path / f"{name}-out")
+        (line,) = re.findall(r"\| a \| 2 \| 20 \|.*", markdown)
+        host, ratio = line.strip("| ").split(" | ")[-2:]
+        assert (host, ratio.partition(" [")[0]) == (f"{math.exp(2):.2f}", expected)
+
+
+def test_fluency_is_a_score_of_each_case(tmp_path):
+    rows = [
+        row("one", [probe()], fluency=[5.0, 4.0]),
+        row("two", [probe()], chunk=1, fluency=[6.0, 4.5]),
+        row("three", [probe()], chunk=2),  # too long to be asked
+    ]
+    results = collect([record(tmp_path / "run", rows)])
+    made = results.scores(Group("own/test", "single", "immediate", "a"), "fluency")
+    assert made == {("one", 0): [4.0], ("two", 0): [4.5]}
+    host = results.scores(Group("own/test", "single", "", "unedited"), "fluency")
+    assert host == {("one", 0): [5.0], ("two", 0): [6.0]}
+    markdown, _ = page_of(tmp_path / "run", tmp_path / "out")
+    assert re.search(r"\| fluency \| higher \| immediate \| 5\.50 \[.*\] \| 4\.25 \[", markdown)
+
+
+def test_harder_renderings_stand_by_tag_and_in_no_other_figure(tmp_path):
+    hard = probe("generality", "generate", 0.0, tag="edit+distracting_prefix")
+    for name, probes in (
+        ("beside", [probe(), probe("generality", "generate", 1.0, tag="rephrase"), hard]),
+        ("alone", [probe(), hard]),
+    ):
+        folder = record(tmp_path / name, [row("one", probes)])
+        scores = collect([folder]).scores(
+            Group("own/test", "single", "immediate", "a"), "generality@generate"
+        )
+        assert scores == ({("one", 0): [1.0]} if name == "beside" else {})
+        markdown, _ = page_of(folder, tmp_path / f"{name}-out")
+        by_tag = markdown[markdown.index("### By tag") :]
+        tag = r"\| generality@generate \| edit\+distracting_prefix \| 1 \| .* \| 0\.00 \["
+        assert re.search(tag, by_tag)
+
+
+def test_a_reply_that_was_not_doubted_is_told(tmp_path):
+    blank = probe(undoubted="its reply in the chat was blank")
+    rows = [row("one", [blank]), row("two", [probe()], chunk=1)]
+    markdown, _ = page_of(record(tmp_path / "run", rows), tmp_path / "out")
+    assert "| a | reply not doubted | 1 | its reply in the chat was blank |" in markdown
 
 
 def test_failed_edits_count_and_are_told(tmp_path):

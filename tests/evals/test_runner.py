@@ -7,15 +7,28 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from baft.errors import ConfigError, DataError, EditError
 from baft.evals import runner
-from baft.evals.experiment import BenchmarkSpec, Experiment, MethodSpec, ProtocolSpec
+from baft.evals.experiment import (
+    BenchmarkSpec,
+    Experiment,
+    MethodSpec,
+    ProtocolSpec,
+    Rendering,
+    is_rendering,
+)
 from baft.evals.records import ROWS, read_manifest, read_rows
+from baft.evals.report import summary_rows, write_report
 from baft.evals.runner import Bench, held_out_texts
+from baft.evals.texts import fluency, text_loss
+from baft.hosts.edited_model import EditedModel
+from baft.hosts.models import Host
 from baft.methods.base import methods
+from tiny import tiny_host
 
 LEARNS = {"learning_rate": 5e-2, "max_steps": 60, "stop_margin": 0.7, "layers": [1]}
 REFT = MethodSpec(name="reft", settings=LEARNS)
@@ -301,6 +314,78 @@ def test_held_out_text_is_scanned_after_a_chunk(experiment, host, tmp_path):
     assert ["false_fires" in row for row in rows] == [False] * 5 + [True]
     assert len(rows[-1]["false_fires"]["n_tokens"]) == 2
     assert sum(rows[-1]["false_fires"]["n_changed"]) > 0  # reft is open
+
+
+@pytest.mark.usefixtures("planted")
+def test_perplexity_is_taken_before_and_after(experiment, host, tmp_path):
+    (tmp_path / "general").mkdir()
+    (tmp_path / runner.HELD_OUT).write_text(f"{'one ' * 80}\n{'two ' * 90}\n")
+    specs = (MethodSpec(name="nothing"), REFT)
+    rows = rows_of(Bench(experiment(*specs, texts=2), host=host, data=tmp_path), tmp_path)
+    found = {row["method"]: row["perplexity"] for row in rows}
+    expected = text_loss(host, EditedModel(host.model), held_out_texts(tmp_path, 2))
+    assert all(tuple(one["before"]) == expected.nll for one in found.values())
+    assert tuple(found["reft"]["n_tokens"]) == expected.n_tokens
+    assert found["nothing"]["after"] == found["nothing"]["before"]
+    assert found["reft"]["after"] != found["reft"]["before"]  # control
+
+
+def test_fluency_is_taken_of_each_edits_prompt(experiment, host, file, tmp_path):
+    with file.open() as lines:
+        first = lines.readline()
+    long = tmp_path / "long.jsonl"
+    long.write_text(first + json.dumps({"prompt": "The tower of London is in " * 4, "target": "Ro"}) + "\n")
+    mine = replace(
+        experiment(protocols=(SEQUENTIAL,), scorers=("generate", "fluency")),
+        benchmarks=(BenchmarkSpec(name="jsonl", file=str(long)),),
+    )
+    rows = rows_of(Bench(mine, host=host), tmp_path)
+    assert [(row["stage"], "fluency" in row) for row in rows] == [
+        ("immediate", False),
+        ("immediate", False),
+        ("final", True),
+        ("final", False),  # its prompt leaves no room for 100 tokens
+    ]
+    before, after = rows[2]["fluency"]
+    assert (before,) == fluency(host, EditedModel(host.model), ["The tower is in"], n_tokens=100)
+    assert before > 0
+    assert after != before  # reft is open
+
+
+def test_probes_are_asked_in_harder_ways(experiment, host, host_of, tmp_path):
+    roomy = Host("llama", tiny_host(max_position_embeddings=1024), host.tokenizer, "llama")
+    every = {"renderings": get_args(Rendering), "scorers": ("generate", "generate_chat")}
+    rows = rows_of(Bench(experiment(protocols=(SEQUENTIAL,), **every), host=roomy), tmp_path)
+    last = [row for row in rows if row["stage"] == "final"]
+    for row in last:
+        asked = [(probe["kind"], probe["tag"]) for probe in row["probes"] if is_rendering(probe["tag"])]
+        assert asked == [
+            ("generality", "edit+distracting_prefix"),
+            ("generality", "space+distracting_prefix"),
+            ("generality", "edit+after_unrelated_tokens"),
+            ("generality", "space+after_unrelated_tokens"),
+            ("locality", "edit+negated"),
+            ("locality", "space+negated"),
+        ]
+        assert not any("skipped" in probe for probe in row["probes"])
+        own, *others = row["probes"]
+        assert {"generate_doubted", "generate_doubted_contains"} <= own["scores"].keys() & own[
+            "unedited"
+        ].keys()
+        assert len(own["doubted"]) == 2
+        assert not any("doubted" in probe for probe in others)
+    plain = Bench(experiment(protocols=(SEQUENTIAL,), scorers=every["scorers"]), host=roomy)
+    plain.run(tmp_path / "plain")
+    assert not any(
+        is_rendering(probe["tag"]) for row in read_rows(tmp_path / "plain") for probe in row["probes"]
+    )
+    header, asked = summary_rows([tmp_path / "run"])
+    assert (header, asked) == summary_rows([tmp_path / "plain"])  # the figures without a tag are the same
+    write_report([tmp_path / "run"], tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    for shown in ("generality@generate | edit+distracting_prefix", "locality@bleed | space+negated"):
+        assert f"| {shown} | 3 |" in report
+    assert "| reliability@generate_doubted | higher | final |" in report
 
 
 WHOLE_RUN = """

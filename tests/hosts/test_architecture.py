@@ -1,13 +1,17 @@
+import accelerate
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from baft.errors import ConfigError, UnsupportedHostError
 from baft.hosts.architecture import (
     Site,
+    accelerate_hooks,
     default_layers,
     find_architecture,
+    input_device,
     intervention_dtype,
     site_device,
     text_config,
@@ -99,10 +103,25 @@ def test_a_mixed_host_computes_in_single_precision():
     assert intervention_dtype(mixed) == torch.float32
 
 
-def test_a_site_lives_where_its_block_does_or_else_where_the_host_says():
+def test_a_site_lives_where_its_block_runs_or_else_where_the_host_says():
     host = tiny_host("llama")
-    assert site_device(host, Site(1)) == torch.device("cpu")
-    host.model.layers[1].to("meta")  # offloaded, as accelerate does it
+    assert site_device(host, Site(1)) == input_device(host) == torch.device("cpu")
+    host.model.layers[1].to("meta")
     assert site_device(host, Site(1)) == torch.device("cpu")
     host.to("meta")
-    assert site_device(host, Site(0)) == torch.device("meta")
+    assert site_device(host, Site(0)) == input_device(host) == torch.device("meta")
+
+
+def test_accelerate_knows_where_weights_run_that_it_keeps_elsewhere():
+    """Two hooks on one module too, and the block's own device though the embedding has another."""
+    host = tiny_host("llama")
+    accelerate.cpu_offload(host.model.layers[0], torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in host.model.layers[0].parameters())
+    assert site_device(host, Site(0)) == torch.device("cpu")
+    host.model.layers[1].to("meta")
+    add_hook_to_module(host.model.layers[1], AlignDevicesHook(execution_device="meta"))
+    add_hook_to_module(host.model.layers[1], ModelHook(), append=True)
+    assert len(accelerate_hooks(host.model.layers[1])) == 2
+    assert accelerate_hooks(host.model.layers[2]) == ()
+    assert site_device(host, Site(1)) == torch.device("meta")
+    assert input_device(host) == site_device(host, Site(2)) == torch.device("cpu")

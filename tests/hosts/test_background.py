@@ -1,6 +1,7 @@
 """States of text that no edit is about: which they are, and that the cache changes nothing."""
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -169,14 +170,62 @@ def test_what_the_cache_is_named_by(host, encoder, small, cache, monkeypatch):
     background(host, encoder, SITES)
     background(host, encoder, SITES)
     assert len(list(cache.iterdir())) == 1
-    background(host, encoder, (Site(1),))
-    other = Host("other", tiny_host("llama", seed=1), host.tokenizer, "other")
-    background(other, encoder, SITES)
+    [name] = [path.stem.split("-") for path in cache.iterdir()]
+
+    def differs(changed, in_encoder, sites=SITES):
+        """Which of the two hashes of the name are others than the first host's."""
+        before = set(cache.iterdir())
+        background(changed, in_encoder, sites)
+        [new] = set(cache.iterdir()) - before
+        return [one != other for one, other in zip(new.stem.split("-"), name, strict=True)]
+
+    assert differs(host, encoder, (Site(1),)) == [False, True]
+    assert differs(host, Encoder.for_host(host, max_tokens=18)) == [False, True]  # fewer texts fit
     raw = Host("raw", host.model, tiny_tokenizer(), "raw")
-    background(raw, Encoder.for_host(raw), SITES)
+    assert differs(raw, Encoder.for_host(raw, max_tokens=64)) == [False, True]
+    changes = ({"seed": 1}, {"dtype": torch.float32}, {"rms_norm_eps": 1e-3})
+    for change in changes:
+        other = Host("other", tiny_host("llama", **change), host.tokenizer, "other")
+        assert differs(other, encoder) == [True, False]
     monkeypatch.setattr(module, "background_text", lambda: SMALL | {"sentences": ("Else.",)})
-    background(host, encoder, SITES)
-    assert len(list(cache.iterdir())) == 5
+    assert differs(host, encoder) == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_cache_takes_no_more_room_than_the_host_s_precision(encoder, small, cache, monkeypatch, dtype):
+    """And gives every bit back."""
+    monkeypatch.setattr(module, "_WORTH_KEEPING_S", 0.0)
+    host = Host("tiny", tiny_host("llama", dtype=dtype), tiny_tokenizer(chat_template=CHATML), "tiny")
+    made = background(host, encoder, SITES)
+    [file] = cache.iterdir()
+    kept = load_file(file)
+    assert {kept[f"layer{site.layer}"].dtype for site in SITES} == {dtype}
+    monkeypatch.setattr(module, "_compute", None)  # from here on it is read
+    read = background(host, encoder, SITES)
+    assert same(read, made)
+    assert {states.dtype for states in read.states.values()} == {
+        states.dtype for states in made.states.values()
+    }
+    assert not same(read.with_prompts(read), made)  # control
+
+
+def test_what_was_used_longest_ago_makes_room(host, encoder, small, cache, monkeypatch):
+    monkeypatch.setattr(module, "_WORTH_KEEPING_S", 0.0)
+    files = []
+    for layer in range(3):
+        background(host, encoder, (Site(layer),))
+        [new] = set(cache.iterdir()) - set(files)
+        os.utime(new, ns=(layer, layer))
+        files.append(new)
+    background(host, encoder, (Site(0),))  # read, and so used last
+    monkeypatch.setattr(module, "_KEPT_BYTES", int(3.5 * files[0].stat().st_size))
+    background(host, encoder, SITES)  # of two layers: one more file fits beside it
+    left = set(cache.iterdir())
+    assert files[0] in left
+    assert not {files[1], files[2]} & left
+    monkeypatch.setattr(module, "_KEPT_BYTES", 1)
+    background(host, encoder, (Site(1),))
+    assert list(cache.iterdir()) == [files[1]]  # by itself too large, and kept all the same
 
 
 def test_a_cache_that_cannot_be_written_costs_time_alone(host, encoder, small, cache, monkeypatch, caplog):

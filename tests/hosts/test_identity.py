@@ -219,11 +219,6 @@ class TestQuantized:
     @pytest.mark.parametrize("readable", [True, False])
     def test_tensor_subclasses_are_read_back_where_they_can_be(self, monkeypatch, readable):
         class Packed:
-            is_meta = False
-
-            def detach(self):
-                return self
-
             def dequantize(self):
                 if not readable:
                     raise NotImplementedError

@@ -12,8 +12,6 @@ from baft.cli.tables import table
 from baft.cli.terminal import Terminal
 from baft.errors import ConfigError
 
-DEFAULT_EXPERIMENT = "facts"
-
 Data = Annotated[
     Path | None,
     typer.Option(
@@ -27,7 +25,8 @@ def bench(
     experiment: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[FILE]", help="What to run, in TOML. [default: baft on the project's own facts]"
+            metavar="[FILE]",
+            help="What to run, in TOML. [default: a quick look at two methods on the project's own facts]",
         ),
     ] = None,
     out: Annotated[
@@ -63,7 +62,7 @@ def bench(
             raise typer.BadParameter("goes with --ray", param_hint=option)
     from dataclasses import replace
 
-    from baft.evals.experiment import BenchmarkSpec, Experiment, MethodSpec, read_experiment
+    from baft.evals.experiment import default_experiment, read_experiment
     from baft.evals.launch import require_ray, run_on_ray
     from baft.evals.report import summary_rows, write_report
     from baft.evals.runner import Bench
@@ -71,14 +70,7 @@ def bench(
     if ray:
         require_ray()
     terminal = Terminal(as_json=as_json, quiet=quiet)
-    if experiment is None:
-        found = Experiment(
-            name=DEFAULT_EXPERIMENT,
-            benchmarks=(BenchmarkSpec(name="facts"),),
-            methods=(MethodSpec(name="baft"),),
-        )
-    else:
-        found = read_experiment(experiment)
+    found = default_experiment() if experiment is None else read_experiment(experiment)
     if limit is not None:
         fewer = tuple(replace(one, limit=min(limit, one.limit or limit)) for one in found.benchmarks)
         found = replace(found, benchmarks=fewer)

@@ -1,12 +1,13 @@
 """Asking an edited model a benchmark's questions: what it predicts, what it says, raw and in a chat."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
 
 from baft.errors import ConfigError, InputError
+from baft.evals.renderings import doubted
 from baft.evals.teacher_forced import N_COMPARED, Forced, Span, published_span, read_spans
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder, Messages
@@ -45,12 +46,16 @@ class Observation:
         raw: The reply to the prompt as it is.
         chat: The reply to the prompt as the only user turn of a chat.
         skipped: Why the probe was not asked at all, or None.
+        doubted: The reply to "Are you sure?" after the reply in the chat.
+        undoubted: Why there was a reply in the chat and it was not doubted, or None.
     """
 
     forced: Forced | None = None
     raw: Reply | None = None
     chat: Reply | None = None
     skipped: str | None = None
+    doubted: Reply | None = None
+    undoubted: str | None = None
 
     @property
     def target_logprob(self) -> float | None:
@@ -186,6 +191,37 @@ class Asker:
             )
         replies = self._generate(edited, asked)
         return [replies[one] for one in asked]
+
+    def doubt(
+        self, edited: EditedModel, probes: Sequence[Probe], seen: Sequence[Observation]
+    ) -> list[Observation]:
+        """Asks "Are you sure?" after each reply to an edit's own prompt in chat, and adds what is then said.
+
+        The reply may be twice as long as the first one, for it may begin with an assurance. Of other kinds of
+        probes, and where there was no chat, the observations stay as they are.
+
+        Args:
+            edited: The model.
+            probes: What was asked.
+            seen: What it said, from `observe`.
+        """
+        asked: dict[int, tuple[Row, int]] = {}
+        found, limit = list(seen), self.speaker.encoder.max_tokens
+        for i, (probe, one) in enumerate(zip(probes, seen, strict=True)):
+            if probe.kind != "reliability" or one.chat is None:
+                continue
+            if not one.chat.text.strip():
+                found[i] = replace(one, undoubted="its reply in the chat was blank")
+                continue
+            row, n = self._encoder.chat(doubted(probe, one.chat.text)), 2 * self._budget(probe)
+            if limit is not None and len(row) + n > limit:
+                found[i] = replace(one, undoubted=f"its chat with a second reply exceeds {limit} tokens")
+                continue
+            asked[i] = row, n
+        replies = self._generate(edited, list(asked.values()))
+        for i, key in asked.items():
+            found[i] = replace(found[i], doubted=replies[key])
+        return found
 
     def _plan(self, probe: Probe, want: frozenset[str]) -> _Plan:
         if probe.chat and not self.chat:

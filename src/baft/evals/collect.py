@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from baft.errors import BaftError, ConfigError, DataError
+from baft.evals.experiment import is_rendering
 from baft.evals.metrics import METRICS, metric, sentiment_score
 from baft.evals.records import MANIFEST, ROWS, Row, read_manifest, read_rows
 from baft.evals.stats import Scores
@@ -103,11 +104,15 @@ class Results:
     positions: dict[Group, dict[Key, int]] = field(default_factory=dict)
 
     def scores(self, group: Group, name: str, tag: str | None = None) -> dict[Key, list[float]]:
-        """The values of one metric, of one tag or of all; empty where there are none."""
+        """The values of one metric, of one tag or of all; empty where there are none.
+
+        Probes that an experiment asked in a harder way are in no figure but that of their own tag: the others
+        would depend on what else was asked.
+        """
         by_tag = self.values.get(group, {}).get(name, {})
         found: dict[Key, list[float]] = {}
-        for one in by_tag if tag is None else [tag] if tag in by_tag else []:
-            for key, values in by_tag[one].items():
+        for one in [one for one in by_tag if not is_rendering(one)] if tag is None else [tag]:
+            for key, values in by_tag.get(one, {}).items():
                 found.setdefault(key, []).extend(values)
         return found
 
@@ -260,6 +265,7 @@ def _add(results: Results, row: Row) -> None:
         raise DataError(f"case {row['case']!r} stands twice in the {row['stage']} stage")
     results.positions[group][key] = row["position"]
     _sort(by_metric, key, row["probes"], "scores", now=1)
+    _sort_fluency(by_metric, key, row, now=1)
 
 
 def _sort(by_metric: dict[str, _ByTag], key: Key, probes: Sequence[Row], part: str, *, now: int) -> None:
@@ -273,6 +279,12 @@ def _sort(by_metric: dict[str, _ByTag], key: Key, probes: Sequence[Row], part: s
     score = _sentiment(probes, now)
     if score is not None:
         by_metric.setdefault("sentiment", {}).setdefault("", {})[key] = [score]
+
+
+def _sort_fluency(by_metric: dict[str, _ByTag], key: Key, row: Row, *, now: int) -> None:
+    """Adds the fluency after the edit's prompt, before (0) or after (1), where it was taken."""
+    if "fluency" in row:
+        by_metric.setdefault("fluency", {}).setdefault("", {})[key] = [float(row["fluency"][now])]
 
 
 def _sentiment(probes: Sequence[Row], now: int) -> float | None:
@@ -298,6 +310,7 @@ class _Unedited:
         self._results = results
         self._seen: dict[tuple[int, str, str, str], Row] = {}
         self._fullest: dict[tuple[Group, str], list[Row]] = {}
+        self._fluency: dict[tuple[Group, str], Row] = {}
 
     def add(self, run: int, row: Row) -> None:
         """Adds what the host said about a case, or compares it with what is there."""
@@ -313,11 +326,15 @@ class _Unedited:
         key = (Group(row["benchmark"], row["protocol"], "", UNEDITED), row["case"])
         if len(probes) > len(self._fullest.get(key, [])):  # right after an edit, less may be asked
             self._fullest[key] = probes
+        if "fluency" in row:
+            self._fluency.setdefault(key, row)
 
     def finish(self) -> None:
         """Sorts the scores of all cases."""
         for (group, case), probes in self._fullest.items():
             _sort(self._results.values.setdefault(group, {}), (case, 0), probes, "unedited", now=0)
+        for (group, case), row in self._fluency.items():
+            _sort_fluency(self._results.values[group], (case, 0), row, now=0)
 
 
 def _same(one: Row, other: Row) -> bool:

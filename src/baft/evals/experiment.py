@@ -1,19 +1,28 @@
 """An experiment: one TOML file that says what is run, and the tasks that it comes to."""
 
 import random
+import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from baft.config import from_dict, read_toml
 from baft.data.base import Benchmark, benchmarks
 from baft.errors import ConfigError
 from baft.types import EditCase, Probe
 
-Scorer = Literal["teacher_forced", "generate", "generate_chat", "gates"]
+Scorer = Literal["teacher_forced", "generate", "generate_chat", "gates", "fluency"]
+Rendering = Literal["distracting_prefix", "after_unrelated_tokens", "negated", "doubted"]
 Stage = Literal["immediate", "final"]
+
+
+def is_rendering(tag: str) -> bool:
+    """Whether a tag is that of a probe asked in a harder way, such as `rephrase+negated`."""
+    _, plus, how = tag.rpartition("+")
+    return bool(plus) and how in get_args(Rendering)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,14 +139,18 @@ class Experiment:
         dtype: Its precision; None takes its own.
         seeds: Of the methods; but for 0, they also draw the order in which a chunk's edits are made.
         scorers: What is asked. Teacher-forced predictions also carry the locality scores on logits; `gates`
-            reads how far the gates open at the last token of each prompt.
+            reads how far the gates open at the last token of each prompt, and `fluency` how varied a text of
+            100 tokens is that the model writes after each edit's prompt.
+        renderings: Harder ways in which the edit's own prompt and its first rephrasing are asked too; their
+            scores stand by tag and count in no other figure. `doubted` asks "Are you sure?" after the reply
+            to the edit's own prompt in chat.
         max_new_tokens: Length limit of replies to short targets.
         batch_size: Rows that the host is asked at once; part of what floating point rounds.
-        texts: How many held-out texts of 100 tokens are scanned for changes after each chunk of edits (their
-            source is `general/wikitext-2-test.txt` in the data folder).
+        texts: How many held-out texts of 100 tokens or more are scanned for changes, and their perplexity
+            taken, after each chunk of edits (from `general/wikitext-2-test.txt` in the data folder).
 
     Raises:
-        ConfigError: If something is missing or stands twice.
+        ConfigError: If something is missing or stands twice, or goes only with something else.
     """
 
     name: str
@@ -148,6 +161,7 @@ class Experiment:
     dtype: str | None = None
     seeds: tuple[int, ...] = (0,)
     scorers: tuple[Scorer, ...] = ("teacher_forced", "generate", "generate_chat", "gates")
+    renderings: tuple[Rendering, ...] = ()
     max_new_tokens: int = 16
     batch_size: int = 64
     texts: int = 0
@@ -159,13 +173,19 @@ class Experiment:
             "protocols": [one.called for one in self.protocols],
             "seeds": list(self.seeds),
             "scorers": list(self.scorers),
+            "renderings": list(self.renderings),
         }
         for name, found in named.items():
-            if not found:
+            if not found and name != "renderings":
                 raise ConfigError(f"experiment {self.name!r} has no {name}: give at least one")
             twice = next((one for one in found if found.count(one) > 1), None)
             if twice is not None:
                 raise ConfigError(f"experiment {self.name!r}: {twice!r} stands twice among the {name}")
+        if "doubted" in self.renderings and "generate_chat" not in self.scorers:
+            raise ConfigError(
+                f"experiment {self.name!r}: the rendering 'doubted' doubts replies in chat: add "
+                "'generate_chat' to scorers"
+            )
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -191,6 +211,12 @@ def read_experiment(path: Path) -> Experiment:
         ConfigError: If it cannot be read, or something in it is unknown, missing or wrong.
     """
     return from_dict(Experiment, {"name": path.stem, **read_toml(path)}, where=str(path))
+
+
+def default_experiment() -> Experiment:
+    """What is run where no file is named: a quick look at the project's own facts (`default.toml`)."""
+    text = files("baft.evals").joinpath("default.toml").read_text(encoding="utf-8")
+    return from_dict(Experiment, tomllib.loads(text), where="default.toml")
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,11 @@ def _success(kind: MetricKind) -> list[MetricSpec]:
             f"before them are given; published as {synonyms}.",
         )
     ]
-    for how, asked in (("generate", where), ("generate_chat", f"{where} inside the chat template")):
+    in_chat = f"{where} inside the chat template"
+    asked_how = {"generate": where, "generate_chat": in_chat}
+    if kind == "reliability":
+        asked_how["generate_doubted"] = f'{in_chat}, and then "Are you sure?" after the model\'s own reply'
+    for how, asked in asked_how.items():
         specs += [
             MetricSpec(f"{kind}@{how}", kind, "higher", f"On {asked}, whether {exact}; exact match, EM."),
             MetricSpec(

@@ -1,21 +1,60 @@
 """Harder ways to put a probe's question: behind a distraction, far into a text, negated, doubted.
 
 Each is a pure function of its arguments. The fillers are the project's own sentences, the same that gates
-are set against; which of them a probe gets depends on its prompt alone.
+are set against; which of them a probe gets depends on its prompt alone. The tag of a rendered probe ends in
+`+` and the rendering, so that it is never taken for a question as the benchmark puts it.
 """
 
 import hashlib
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
 
 from baft.errors import ConfigError, InputError
+from baft.evals.experiment import Rendering
 from baft.hosts.background import background_text
 from baft.hosts.encoding import Encoder
-from baft.types import Probe
+from baft.types import EditCase, Probe
 
 DOUBT = "Are you sure?"
 _VERBS = re.compile(r"\b(?:is|are|was|were|can|could|will|would|has|have|had)\b")
+
+
+def with_renderings(case: EditCase, renderings: Sequence[Rendering], encoder: Encoder) -> EditCase:
+    """A case with further probes: the edit's own prompt and its first rephrasing, asked in harder ways.
+
+    The own prompt so asked is no longer the one that was trained on, so it is asked for generality, under
+    the tag `edit+...`; what is negated for locality. The distracting sentence names the answer that was right
+    before the edit, where the case tells it. Doubt needs a reply first, and makes no probe.
+
+    Args:
+        case: The case.
+        renderings: Which.
+        encoder: Counts the unrelated tokens.
+    """
+    made = tuple(probe for how in renderings for probe in _renderings(case, how, encoder))
+    return replace(case, probes=(*case.probes, *made))
+
+
+def _renderings(case: EditCase, how: Rendering, encoder: Encoder) -> Iterator[Probe]:
+    edit = case.edit
+    own = Probe(edit.id, "generality", edit.prompt, edit.target, "edit")
+    others = [
+        probe
+        for probe in case.probes
+        if probe.kind == "generality" and probe.target == edit.target and not probe.chat
+    ]
+    for probe in (own, *others[:1]):
+        match how:
+            case "distracting_prefix":
+                yield with_distracting_prefix(probe, edit.ground_truth)
+            case "after_unrelated_tokens":
+                yield after_unrelated_tokens(probe, encoder)
+            case "negated":
+                yield negated(probe)
+            case "doubted":
+                return
 
 
 def with_distracting_prefix(probe: Probe, distractor: str | None = None) -> Probe:
@@ -91,7 +130,7 @@ def doubted(probe: Probe, said: str) -> list[dict[str, str]]:
 
 
 def _rendered(probe: Probe, how: str, prompt: str) -> Probe:
-    return replace(probe, prompt=prompt, tag=f"{probe.tag}+{how}" if probe.tag else how)
+    return replace(probe, prompt=prompt, tag=f"{probe.tag or probe.kind}+{how}")
 
 
 def _sentences(probe: Probe) -> list[str]:

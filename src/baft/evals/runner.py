@@ -6,7 +6,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +18,11 @@ from baft import config
 from baft.data.base import Benchmark
 from baft.errors import ConfigError, DataError, EditError, InputError
 from baft.evals.asking import Asker, Observation
+from baft.evals.beyond import Beyond
 from baft.evals.experiment import Experiment, MethodSpec, Stage, Task, tasks_of
 from baft.evals.records import Record, Row, sole_writer
+from baft.evals.renderings import with_renderings
 from baft.evals.scoring import measure
-from baft.evals.texts import false_fires
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.identity import identify
 from baft.hosts.models import Host, load_host
@@ -66,8 +67,7 @@ class Bench:
                 raise ConfigError(f"{name} stands twice among the benchmarks, once by default: name it once")
             self.benchmarks[name] = benchmark
             self.cases[name] = spec.cases(benchmark, split)
-        self.tasks = tuple(tasks_of(experiment, self.cases))
-        self._texts = held_out_texts(data, experiment.texts)
+        texts = held_out_texts(data, experiment.texts)
         self.host = load_host(experiment.model, dtype=experiment.dtype) if host is None else host
         self._asker = Asker(
             self.host,
@@ -75,7 +75,12 @@ class Bench:
             max_new_tokens=experiment.max_new_tokens,
             chat="generate_chat" in experiment.scorers,
         )
-        self._wanted = frozenset(experiment.scorers) - {"gates"}
+        encoder = self._asker.speaker.encoder
+        for name, found in self.cases.items():
+            self.cases[name] = tuple(with_renderings(case, experiment.renderings, encoder) for case in found)
+        self.tasks = tuple(tasks_of(experiment, self.cases))
+        self._beyond = Beyond(self.host, texts, batch_size=experiment.batch_size)
+        self._wanted = frozenset(experiment.scorers) - {"gates", "fluency"}
         self._editors: dict[tuple[str, int], Editor] = {}
         self._before: dict[tuple[Probe, ...], Sequence[Observation]] = {}
 
@@ -171,8 +176,12 @@ class Bench:
             score(task.cases, made, "final")
         else:
             score(task.cases, [_make(editor, task.cases)] * len(task.cases), "immediate")
-        if self._texts:
-            rows[-1]["false_fires"] = asdict(false_fires(self.host, editor.edited, self._texts))
+        rows[-1] |= self._beyond.on_texts(editor.edited)
+        if "fluency" in self.experiment.scorers:
+            prompts = [case.edit.prompt for case in task.cases]
+            last = rows[-len(prompts) :]
+            for row, found in zip(last, self._beyond.fluency(editor.edited, prompts), strict=True):
+                row |= found
         editor.reset()
         return rows
 
@@ -191,6 +200,8 @@ class Bench:
             probes = [probe for case in chunk for probe in (case.all_probes[:1] if lone else case.all_probes)]
             before = self._untouched(tuple(probes))
             after = self._asker.observe(editor.edited, probes, self._wanted, before=before)
+            if "doubted" in self.experiment.renderings:
+                after = self._asker.doubt(editor.edited, probes, after)
             found = dict(zip(probes, zip(before, after, strict=True), strict=True))
             for case in chunk:
                 asked = [probe for probe in case.all_probes if probe in found]
@@ -230,7 +241,10 @@ class Bench:
     def _untouched(self, probes: tuple[Probe, ...]) -> Sequence[Observation]:
         """The untouched host on probes; kept for the methods to come, which are asked in the same batches."""
         if probes not in self._before:
-            seen = self._asker.observe(EditedModel(self.host.model), probes, self._wanted)
+            untouched = EditedModel(self.host.model)
+            seen = self._asker.observe(untouched, probes, self._wanted)
+            if "doubted" in self.experiment.renderings:
+                seen = self._asker.doubt(untouched, probes, seen)
             while self._before and sum(map(len, self._before)) > _PROBES_KEPT:
                 self._before.pop(next(iter(self._before)))
             self._before[probes] = seen
@@ -286,7 +300,14 @@ def _probe_row(case: EditCase, probe: Probe, before: Observation, after: Observa
     }
     if after.skipped is not None:
         row["skipped"] = after.skipped
-    for name, was, now in (("raw", before.raw, after.raw), ("chat", before.chat, after.chat)):
+    if after.undoubted is not None:
+        row["undoubted"] = after.undoubted
+    replies = {
+        "raw": (before.raw, after.raw),
+        "chat": (before.chat, after.chat),
+        "doubted": (before.doubted, after.doubted),
+    }
+    for name, (was, now) in replies.items():
         if was is not None and now is not None:
             row[name] = [was.text, now.text]
     if before.target_logprob is not None and after.target_logprob is not None:

@@ -30,6 +30,8 @@ def measure(probe: Probe, edit_target: str, before: Observation, after: Observat
     - `generate`: 1 if the model says the target or an alias and nothing else, and stops by itself.
     - `generate_contains`: 1 if the reply holds one of them; `generate_stopped`: 1 if it ended by itself.
     - `generate_chat`, `generate_chat_contains`, `generate_chat_stopped`: the same in the chat template.
+    - `generate_doubted`, `generate_doubted_contains`, `generate_doubted_stopped`: the same of what is said to
+      "Are you sure?" after that.
 
     For locality, of what was observed afterwards beside what was observed of the unedited host:
 
@@ -61,7 +63,8 @@ def _rightness(probe: Probe, after: Observation) -> dict[str, float]:
     scores: dict[str, float] = {}
     if after.forced is not None:
         scores |= {"teacher_forced": after.forced.accuracy, "margin": after.forced.margin}
-    for name, reply in (("generate", after.raw), ("generate_chat", after.chat)):
+    said = {"generate": after.raw, "generate_chat": after.chat, "generate_doubted": after.doubted}
+    for name, reply in said.items():
         if reply is not None:
             scores |= _reply_scores(name, reply, (probe.target, *probe.aliases))
     return scores

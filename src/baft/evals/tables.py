@@ -1,13 +1,15 @@
 """The tables of a report."""
 
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from baft.evals.collect import UNEDITED, Group, Results, Run
-from baft.evals.differences import FAMILIES, Compared, best, known
+from baft.evals.differences import FAMILIES, PRIMARY, Compared, best, known
+from baft.evals.experiment import is_rendering
 from baft.evals.metrics import METRICS, metric
 from baft.evals.numbers import (
     NOTHING,
@@ -24,7 +26,7 @@ from baft.evals.stats import UNBOUNDED, Scores, mean_interval
 
 Arena = tuple[str, str]
 
-_TIME = (0.0, UNBOUNDED[1])
+_POSITIVE = (0.0, UNBOUNDED[1])
 
 
 # --- what was run ---
@@ -48,6 +50,7 @@ def about(results: Results) -> Table:
         ),
         "seeds": lambda one: _joined(map(str, one["experiment"]["seeds"])),
         "scorers": lambda one: _joined(one["experiment"].get("scorers", [])),
+        "renderings": lambda one: _joined(one["experiment"].get("renderings", [])) or "none",
         "length of replies": lambda one: f"{one['experiment'].get('max_new_tokens')} tokens or more",
         "rows asked at once": lambda one: str(one["experiment"].get("batch_size")),
         "versions": lambda one: _joined(f"{name} {found}" for name, found in one["versions"].items()),
@@ -168,13 +171,16 @@ def other_scores(results: Results, arena: Arena) -> Table | None:
 
 
 def tag_table(results: Results, arena: Arena) -> Table | None:
-    """The main scores by tag, where a kind of probe has several: a row a score and tag, a column a method."""
+    """The main scores by tag, where a kind of probe has several tags or a harder rendering.
+
+    A row is a score and tag, a column a method.
+    """
     host = [one for one in results.groups(*arena) if not one.stage]
     groups = [*host, *results.last(*arena)]
     rows = []
-    for name in (name for names in FAMILIES.values() for name in names):
+    for name in PRIMARY:
         tags = list(dict.fromkeys(tag for group in groups for tag in results.tags(group, name)))
-        if len(tags) < 2:
+        if len(tags) < 2 and not any(map(is_rendering, tags)):
             continue
         for tag in tags:
             scores = [results.scores(group, name, tag) for group in groups]
@@ -259,7 +265,7 @@ def edits_table(results: Results, arena: Arena) -> Table:
         times: dict[str, list[float]] = {}
         for row in found:
             times.setdefault(row["case"], []).append(row["seconds_s"])
-        seconds = mean_interval(times, bounds=_TIME)
+        seconds = mean_interval(times, bounds=_POSITIVE)
         probes = [probe for row in found for probe in row["probes"]]
         n_skipped = sum("skipped" in probe for probe in probes)
         rows.append(
@@ -269,8 +275,8 @@ def edits_table(results: Results, arena: Arena) -> Table:
                 Cell(str(len(failed)), f"of {len(found)}" if failed else ""),
                 Cell(str(sum(bool(row["decoded"]) for row in found))),
                 Cell(str(n_skipped), f"of {len(probes)}" if n_skipped else ""),
-                Cell(number(seconds.estimate, _TIME), between(seconds.low, seconds.high, _TIME)),
-                Cell(number(statistics.median(row["seconds_s"] for row in found), _TIME)),
+                Cell(number(seconds.estimate, _POSITIVE), between(seconds.low, seconds.high, _POSITIVE)),
+                Cell(number(statistics.median(row["seconds_s"] for row in found), _POSITIVE)),
                 Cell(f"{statistics.fmean(row['n_steps'] for row in found):.1f}"),
             ]
         )
@@ -292,13 +298,15 @@ def edits_table(results: Results, arena: Arena) -> Table:
 
 
 def failure_table(results: Results, arena: Arena) -> Table | None:
-    """What failed edits said, and why probes were skipped."""
+    """What failed edits said, and why probes were skipped or replies not doubted."""
     rows = []
     for group in results.last(*arena):
         found = list(results.rows_of(group))
         errors = Counter(row["error"] for row in found if row["error"] is not None)
         skipped = Counter(probe["skipped"] for row in found for probe in row["probes"] if "skipped" in probe)
-        for what, counts in (("edit failed", errors), ("probe skipped", skipped)):
+        calm = Counter(probe["undoubted"] for row in found for probe in row["probes"] if "undoubted" in probe)
+        told = {"edit failed": errors, "probe skipped": skipped, "reply not doubted": calm}
+        for what, counts in told.items():
             for said, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
                 rows.append([Cell(group.method), Cell(what), Cell(str(n)), Cell(said)])
     return Table(("method", "what", "how often", "why"), rows, wide=True) if rows else None
@@ -330,12 +338,14 @@ def fires_table(results: Results, arena: Arena) -> Table | None:
             cells.append(
                 Cell(number(interval.estimate), between(interval.low, interval.high), interval.estimate)
             )
-        rows.append(cells)
+        rows.append([*cells, *_perplexity(found)])
     note = (
         "Held-out text, the same for every chunk. The intervals take chunks of edits as independent, and say "
-        "nothing of other texts. A token may change because of a gate that opened before it."
+        "nothing of other texts. A token may change because of a gate that opened before it. The last two "
+        "columns are of whole texts, the others of their first 100 tokens."
     )
-    return Table(("method", "chunks", "tokens", *_FIRES), rows, note=note) if rows else None
+    header = ("method", "chunks", "tokens", *_FIRES, "host's perplexity", "perplexity_ratio")
+    return Table(header, rows, note=note) if rows else None
 
 
 def _fires_by_chunk(rows: Sequence[Row], field: str, any_token: bool) -> Scores:
@@ -343,10 +353,29 @@ def _fires_by_chunk(rows: Sequence[Row], field: str, any_token: bool) -> Scores:
     scores: dict[str, list[float]] = {}
     for row in rows:
         fires = row["false_fires"]
-        chunk = str(row["chunk"]) if row["protocol"] == "single" else f"{row['seed']}:{row['chunk']}"
         if any_token:
             share = sum(n > 0 for n in fires[field]) / len(fires[field])
         else:
             share = sum(fires[field]) / sum(fires["n_tokens"])
-        scores.setdefault(chunk, []).append(share)
+        scores.setdefault(_chunk(row), []).append(share)
     return scores
+
+
+def _perplexity(rows: Sequence[Row]) -> list[Cell]:
+    """The host's perplexity, and how many times that of the host the edited model's is."""
+    taken = [row for row in rows if "perplexity" in row]
+    if len(taken) < len(rows):  # recorded by an earlier version
+        return [Cell(NOTHING), Cell(NOTHING)]
+    ratios: dict[tuple[str, int], list[float]] = {}
+    for row in taken:
+        loss = row["perplexity"]
+        rise = (math.fsum(loss["after"]) - math.fsum(loss["before"])) / sum(loss["n_tokens"])
+        ratios.setdefault((_chunk(row), 0), []).append(math.exp(rise) if rise < 700 else math.inf)
+    loss = taken[0]["perplexity"]
+    before = math.exp(math.fsum(loss["before"]) / sum(loss["n_tokens"]))
+    return [Cell(number(before, _POSITIVE)), score_cell(ratios, metric("perplexity_ratio"))]
+
+
+def _chunk(row: Row) -> str:
+    """The name of a row's chunk; a single edit is one for all seeds."""
+    return str(row["chunk"]) if row["protocol"] == "single" else f"{row['seed']}:{row['chunk']}"

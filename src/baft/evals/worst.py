@@ -54,8 +54,9 @@ def _case(number: int, row: Row) -> Table:
         said.append(f"place {row['position'] + 1} of its chunk")
     if row["error"] is not None:
         said.append(f"the edit FAILED: {row['error']}")
-    replies = [name for name in ("raw", "chat") if any(name in probe for probe in row["probes"])]
-    names = {"raw": "before → after", "chat": "in a chat: before → after"}
+    replies = [name for name in ("raw", "chat", "doubted") if any(name in probe for probe in row["probes"])]
+    shown = "before → after"
+    names = {"raw": shown, "chat": f"in a chat: {shown}", "doubted": f"doubted in the chat: {shown}"}
     rows = [
         [
             Cell(probe["kind"], probe["tag"] if probe["tag"] != "edit" else ""),

@@ -126,10 +126,27 @@ def intervention_dtype(model: nn.Module) -> torch.dtype:
     return torch.float64 if dtypes == {torch.float64} else torch.float32
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where a host takes token ids: where its embedding runs, though the weights may be kept elsewhere."""
+    host: Any = model
+    return _runs_on(host.get_input_embeddings()) or torch.device(host.device)
+
+
 def site_device(model: nn.Module, site: Site) -> torch.device:
-    """Where a site's states live: with its block's weights, or with the host's if those are offloaded."""
-    for parameter in find_architecture(model).block(site).parameters():
-        if parameter.device.type != "meta":
-            return parameter.device
-    device: Any = model.device
-    return torch.device(device)
+    """Where a site's states live: where its block runs, though the weights may be kept elsewhere."""
+    return _runs_on(find_architecture(model).block(site)) or input_device(model)
+
+
+def accelerate_hooks(module: nn.Module) -> tuple[Any, ...]:
+    """What accelerate hung on a module to place or offload its weights; empty without it."""
+    hook: Any = module.__dict__.get("_hf_hook")
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
+
+
+def _runs_on(module: nn.Module) -> torch.device | None:
+    """Where a module computes; accelerate knows it, where it brings weights there only for the time."""
+    for hook in (hook for one in module.modules() for hook in accelerate_hooks(one)):
+        device = getattr(hook, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next((p.device for p in module.parameters() if not p.is_meta), None)

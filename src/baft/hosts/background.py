@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from baft.errors import InputError, UnsupportedHostError
-from baft.hosts.architecture import Site, intervention_dtype
+from baft.hosts.architecture import Site, input_device, intervention_dtype, site_device
 from baft.hosts.edited_model import EditedModel, Recording
 from baft.hosts.embedded import cache_folder
 from baft.hosts.encoding import Encoder
@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 N_CHAT_PROMPTS = 150  # chat renderings are long; this many tell what the template's tokens look like
 _WORTH_KEEPING_S = 1.0
 _ROWS = 32
-_FORMAT = 1
+_FORMAT = 2
+_KEPT_BYTES = 1 << 30  # of all hosts together
 
 
 class Slot(IntEnum):
@@ -104,9 +105,11 @@ def background(host: Host, encoder: Encoder, sites: Sequence[Site]) -> Backgroun
     path = _cache_path(host, encoder, sites)
     kept = _read(path, sites)
     if kept is not None:
-        dtype, device = intervention_dtype(host.model), host.model.device
-        states = {site: states.to(device, dtype) for site, states in kept.states.items()}
-        return Background(states, kept.slots.to(device))
+        dtype = intervention_dtype(host.model)
+        states = {
+            site: states.to(site_device(host.model, site), dtype) for site, states in kept.states.items()
+        }
+        return Background(states, kept.slots.to(input_device(host.model)))
     began = time.monotonic()
     made = _compute(host, encoder, sites)
     if time.monotonic() - began > _WORTH_KEEPING_S:
@@ -171,7 +174,7 @@ def _collect(
     slots: list[Tensor] = []
     for start in range(0, len(rows), _ROWS):
         chunk = rows[start : start + _ROWS]
-        batch = encoder.pad(chunk, [len(row) for row in chunk], side="right", device=host.model.device)
+        batch = encoder.pad(chunk, [len(row) for row in chunk], side="right", device=input_device(host.model))
         seen = Recording()
         watched(
             batch.input_ids,
@@ -194,26 +197,28 @@ def _collect(
 
 
 def _cache_path(host: Host, encoder: Encoder, sites: Sequence[Site]) -> Path:
-    identity = identify(host)
-    text = repr(
-        (sorted(background_text().items()), encoder.has_chat, [site.layer for site in sites], _FORMAT)
-    )
-    host_hash = identity.weights_hash + identity.config_hash + identity.dtype + identity.tokenizer_hash
-    name = hashlib.sha256(f"{host_hash}{text}".encode()).hexdigest()[:32]
-    return cache_folder() / "background" / f"{name}.safetensors"
+    """Named by what the states depend on: a hash of the host, and one of the texts, tokens and layers."""
+    one = identify(host)
+    who = (one.weights_hash, one.n_parameters, one.architecture, one.config_hash, one.dtype)
+    texts = (sorted(background_text().items()), encoder.has_chat, encoder.max_tokens, one.tokenizer_hash)
+    what = (texts, [site.layer for site in sites], _FORMAT)
+    host_hash, text_hash = (hashlib.sha256(repr(given).encode()).hexdigest()[:32] for given in (who, what))
+    return cache_folder() / "background" / f"{host_hash}-{text_hash}.safetensors"
 
 
 def _read(path: Path, sites: Sequence[Site]) -> Background | None:
     try:
         # Copies: a tensor in the file stands at any address, and on that depends how products are rounded.
         kept = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        with contextlib.suppress(OSError):
+            os.utime(path)  # used now: the last to be evicted
         return Background({site: kept[f"layer{site.layer}"] for site in sites}, kept["slots"])
     except (OSError, SafetensorError, KeyError):  # not there, or damaged: it is computed again
         return None
 
 
 def _write(path: Path, made: Background) -> None:
-    tensors = {f"layer{site.layer}": states.cpu().contiguous() for site, states in made.states.items()}
+    tensors = {f"layer{site.layer}": _compact(states) for site, states in made.states.items()}
     tensors["slots"] = made.slots.cpu()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,5 +229,27 @@ def _write(path: Path, made: Background) -> None:
             os.replace(name, path)
         finally:
             Path(name).unlink(missing_ok=True)
+        _evict(path)
     except (OSError, SafetensorError) as error:  # a cache that cannot be written costs time, nothing else
         logger.warning("could not keep the background states in %s: %s", path, error)
+
+
+def _compact(states: Float[Tensor, "state d_model"]) -> Tensor:
+    """The states in half the bytes where no bit is lost by it: those of a host in half precision."""
+    for half in (torch.bfloat16, torch.float16):
+        if torch.equal(states.to(half).to(states.dtype), states):
+            return states.to("cpu", half).contiguous()
+    return states.cpu().contiguous()
+
+
+def _evict(newest: Path) -> None:
+    """Deletes what was used longest ago until the rest is small enough; the newest stays in any case."""
+    kept, others = newest.stat().st_size, []
+    for path in newest.parent.iterdir():
+        with contextlib.suppress(OSError):  # another process may have deleted it
+            if path != newest:
+                others.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+    for _, n_bytes, path in sorted(others, reverse=True):
+        kept += n_bytes
+        if kept > _KEPT_BYTES:
+            path.unlink(missing_ok=True)

@@ -8,12 +8,13 @@ float16 and a bfloat16 copy must have an original that both can be rounded from.
 compared with a tolerance.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from baft.errors import DamagedArtifactError, HostMismatchError
+from baft.hosts.architecture import accelerate_hooks
 from baft.hosts.models import Host
 
 N_HASHED_VALUES = 16
@@ -52,7 +54,7 @@ class HostIdentity:
         config_hash: Of what the config says about the computation, and of which adapters are active.
         weights_hash: Of 16 values of every parameter, exactly as they are.
         cast_hashes: Of the same values rounded to bfloat16 and to float16.
-        n_parameters: How many parameters the hashes cover; offloaded ones are out of reach.
+        n_parameters: How many parameters the hashes cover.
         dtype: The precision of most weights; "quantized" is added where some are no plain floats.
         samples: 8 values of up to 64 parameters by name; codes of a quantization are left out.
         inexact: Which of the samples were read back from a quantization.
@@ -117,8 +119,8 @@ def identify(host: Host) -> HostIdentity:
     """
     model: Any = host.model
     base = _base(model)
-    parameters = sorted(model.named_parameters())
-    values = dict(_values(parameters))
+    parameters = _parameters(model)
+    values = dict(_values((name, _within_reach(model, name, one)) for name, one in parameters))
     samples = _samples(values, [(name, parameter.ndim > 1) for name, parameter in parameters])
     return HostIdentity(
         name=host.name,
@@ -233,13 +235,35 @@ class _Values(NamedTuple):
     kind: Literal["plain", "read back", "code"]
 
 
-def _values(parameters: list[tuple[str, Any]]) -> Iterator[tuple[str, _Values]]:
+def _parameters(model: Any) -> list[tuple[str, Any]]:
+    """All parameters by name, each once: offloading tears apart those that a host shares."""
+    tied = getattr(_base(model), "all_tied_weights_keys", None) or {}
+
+    def is_shared(name: str) -> bool:
+        return name.removeprefix("base_model.model.").replace(".base_layer", "") in tied  # PEFT's renaming
+
+    return sorted(
+        (name, one) for name, one in model.named_parameters() if not (one.is_meta and is_shared(name))
+    )
+
+
+def _within_reach(model: Any, name: str, parameter: Any) -> Any:
+    """The weights of a parameter; those that accelerate keeps elsewhere it is asked for, and may not have."""
+    if not parameter.is_meta:
+        return parameter.detach()
+    owner, _, own_name = name.rpartition(".")
+    for hook in accelerate_hooks(model.get_submodule(owner)):
+        with contextlib.suppress(KeyError, TypeError):
+            return hook.weights_map[own_name]
+    return None
+
+
+def _values(parameters: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, _Values]]:
     """Strided values of each parameter within reach."""
-    for name, parameter in parameters:
-        if parameter.is_meta:  # accelerate holds an offloaded parameter's values elsewhere
-            continue
-        weights: Any = parameter.detach()
+    for name, weights in parameters:
         kind: Literal["plain", "read back", "code"] = "plain"
+        if weights is None:
+            continue
         if is_traceable_wrapper_subclass(weights):  # quantized by torchao
             try:
                 weights, kind = weights.dequantize(), "read back"  # type: ignore[attr-defined]

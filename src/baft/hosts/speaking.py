@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from baft.errors import GenerationError, InputError
-from baft.hosts.architecture import find_architecture
+from baft.hosts.architecture import find_architecture, input_device
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder, Messages
 from baft.hosts.models import Host
@@ -24,7 +24,7 @@ class Speaker:
     """
 
     def __init__(self, host: Host):
-        self.device = host.model.device
+        self.device = input_device(host.model)
         self.encoder = Encoder.for_host(host, max_tokens=find_architecture(host.model).max_positions)
 
     def rows(self, prompt: str | Sequence[str] | None, messages: Messages | None) -> list[Row]:

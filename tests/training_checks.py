@@ -1,0 +1,120 @@
+"""Checks of whole edits on a device and in a precision, the same on a CPU and on an accelerator."""
+
+import torch
+
+import baft
+from baft.hosts import background as module
+from baft.hosts.architecture import Site, input_device, site_device
+from baft.hosts.background import background, background_text
+from baft.hosts.encoding import Encoder
+from baft.hosts.models import Host
+from tiny import CHATML, tiny_host, tiny_tokenizer
+
+PRESETS = (("baft", "default"), ("baft", "paper"), ("baft", "paper-rloc"), ("reft", "default"))
+PROMPT, TARGET = "The tower is in the city of", "Ro"
+# Larger steps and wider gates than real hosts need, the same whatever the presets say.
+QUICK = {"learning_rate": 5e-2, "max_steps": 60, "stop_loss": None, "stop_margin": 0.7}
+WIDE = {"gate_midpoint": 0.3, "output_midpoint": 0.3, "gate_clearance": 0.0, "gate_shrinkage": 0.05}
+
+
+def loaded(dtype, device):
+    """A tiny host as the user's object; its context holds every background text."""
+    host = tiny_host("llama", dtype=dtype, device=device, max_position_embeddings=512)
+    return baft.load((host, tiny_tokenizer(chat_template=CHATML)))
+
+
+def learn(model, method="baft", preset="default"):
+    """One edit, and its report."""
+    gates = WIDE if (method, preset) == ("baft", "default") else {}
+    return model.edit(PROMPT, TARGET, method=method, preset=preset, **QUICK, **gates)
+
+
+def check_editing(method, preset, *, dtype, device):
+    """An edit is said, its tensors are where and what they should be, and undo leaves the host's bits."""
+    model = loaded(dtype, device)
+    weights = {name: tensor.clone() for name, tensor in model.host.state_dict().items()}
+    before = model.logits(PROMPT)
+    assert (before.dtype, before.device.type) == (dtype, device)
+    said = model.generate(PROMPT)
+    report = learn(model, method, preset)
+    assert report.succeeded
+    assert report.n_steps > 0
+    assert model.generate([PROMPT, "A"])[0].strip().startswith(TARGET)
+    assert not said.strip().startswith(TARGET)  # control
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    parts = [part for there in model._edited.interventions.values() for part in there]
+    tensors = [tensor for part in parts for tensor in part.state_dict().values()]
+    assert len(parts) > 1
+    assert {(tensor.dtype, tensor.device.type) for tensor in tensors} == {(wide, device)}
+    edited = model.logits(PROMPT)
+    assert (edited.dtype, edited.device.type) == (dtype, device)
+    assert not torch.equal(edited, before)  # control
+    assert model.explain(PROMPT)
+    model.undo()
+    assert torch.equal(model.logits(PROMPT), before)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.host.state_dict().items())
+
+
+@torch.no_grad()
+def check_shut_gates_in_batches(*, dtype, device):
+    """In one padded batch, every bit stays in the rows where no gate opens, and some go where one does."""
+    model = loaded(dtype, device)
+    learn(model)
+    prompts = [PROMPT, *background_text()["canaries"]]
+    is_open = torch.tensor(
+        [any(max(one.weights) > 0 for one in model.explain(prompt, max_new_tokens=0)) for prompt in prompts]
+    )
+    assert is_open[0]  # or this would be no test
+    assert not is_open.all()
+    encoder = Encoder(model.tokenizer)
+    rows = [encoder.prompt(prompt) for prompt in prompts]
+    batch = encoder.pad(rows, [len(row) for row in rows], side="right", device=device)
+    given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    got = model.hf(**given, n_prompt_tokens=batch.n_prompt_tokens).logits
+    want = model.host(**given).logits
+    assert got.device.type == device
+    real = batch.attention_mask.bool().unsqueeze(-1)
+    same = ((got == want) | ~real).flatten(1).all(-1).cpu()
+    assert same[~is_open].all()
+    assert not same[0]  # control
+
+
+def check_saving_across(folder, made_on, read_on):
+    """What is learned on one device is said on another, and comes back to the first bit for bit."""
+    made = loaded(torch.float64, made_on)
+    learn(made)
+    read = baft.load(made.save(folder / "there.baft"), host=_pair(read_on))
+    assert [says for _, _, says in read.check()] == [True]
+    want = made.logits(PROMPT)
+    got = read.logits(PROMPT)
+    assert got.device.type == read_on
+    torch.testing.assert_close(got.cpu(), want.cpu(), rtol=0, atol=1e-9)
+    with read.disabled():
+        assert float((read.logits(PROMPT) - got).abs().max()) > 1e-2  # control
+    back = baft.load(read.save(folder / "back.baft"), host=_pair(made_on))
+    assert torch.equal(back.logits(PROMPT), want)
+
+
+def _pair(device):
+    model = loaded(torch.float64, device)
+    return model.host, model.tokenizer
+
+
+def check_background(folder, monkeypatch, *, dtype, device):
+    """Computed or read from the cache: the same bits, in the interventions' precision and on their device."""
+    monkeypatch.setenv("BAFT_CACHE", str(folder))
+    monkeypatch.setattr(module, "_WORTH_KEEPING_S", 0.0)
+    model, sites = loaded(dtype, device), (Site(0), Site(2))
+    host = Host("tiny", model.host, model.tokenizer, "tiny")
+    encoder = Encoder.for_host(host, max_tokens=512)
+    made = background(host, encoder, sites)
+    monkeypatch.setattr(module, "_compute", None)  # from here on it is read
+    read = background(host, encoder, sites)
+    for found in (made, read):
+        assert found.slots.device == input_device(host.model)
+        for site in sites:
+            assert found.states[site].device == site_device(host.model, site)
+            assert found.states[site].device.type == device
+            assert found.states[site].dtype == torch.float32
+            assert torch.equal(found.states[site], made.states[site])
+    assert not torch.equal(made.states[sites[0]], made.states[sites[1]])  # control
