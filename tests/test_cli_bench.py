@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from baft.cli.app import app
 from baft.evals.experiment import default_experiment, read_experiment
+from baft.evals.general import TaskScore
 from tiny import CHATML, tiny_host, tiny_tokenizer
 
 FACTS = [("The tower is in", "Ro"), ("The king of France was", "Al")]
@@ -196,3 +197,47 @@ def test_the_default_is_of_one_kind_with_the_quick_look():
     assert (benchmark.name, benchmark.split) == ("facts", "report")
     assert len(benchmark.cases(benchmark.load(None), "report")) == 20
     assert default.texts == 0
+
+
+@pytest.fixture(scope="module")
+def saved(file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("edits") / "one.baft"
+    settings = [f"--set={one}" for one in ("learning_rate=5e-2", "stop_margin=0.7", "layers=[1]")]
+    edit = ["--model", file.parent / "host", "--prompt", FACTS[0][0], "--target", FACTS[0][1]]
+    done = invoke("edit", *edit, "--method", "reft", *settings, "--save", folder)
+    assert done.exit_code == 0, done.stderr
+    return folder
+
+
+def test_general_ability_is_measured_before_and_after(saved, monkeypatch):
+    asked = []
+
+    def measure(host, live, tokenizer, tasks, **more):
+        asked.append((live.baft_edited_model.host is host, tasks, more))
+        return [TaskScore("toy", "acc", 0.5, 0.1, 0.75, None, 4)]
+
+    monkeypatch.setattr("baft.evals.general.require_lm_eval", lambda: None)
+    monkeypatch.setattr("baft.evals.general.general_ability", measure)
+    done = invoke("general", saved, "--tasks", "toy, other", "--tasks", "third", "--limit", "4", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout) == [
+        {
+            "task": "toy",
+            "metric": "acc",
+            "before": 0.5,
+            "before_stderr": 0.1,
+            "after": 0.75,
+            "after_stderr": None,
+            "n": 4,
+        }
+    ]
+    assert asked == [(True, ["toy", "other", "third"], {"limit": 4, "batch_size": 8, "folder": None})]
+    said = invoke("general", saved, "--tasks", "toy").stdout
+    for shown in ("0.5000 ± 0.1000", "0.7500", "+0.2500"):
+        assert shown in said
+
+
+def test_without_lm_eval_no_edits_are_loaded_for_it(saved, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr("baft.model.load", lambda *_, **__: pytest.fail("loaded for nothing"))
+    assert "pip install 'baft[general]'" in failed("general", saved, "--tasks", "toy")
