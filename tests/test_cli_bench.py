@@ -1,6 +1,9 @@
 """The commands that measure, on a tiny random host."""
 
+import errno
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -139,6 +142,60 @@ def test_mistakes_in_a_file_are_told(file, tmp_path, old, new, message):
     wrong.write_text(text.replace(old, new))
     assert message in failed("bench", wrong, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def contents(folder):
+    return {one.name: one.read_bytes() for one in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("data", "old", "new", "message"),
+    [
+        (b'{"prompt": "The tower is in"}\n', "", "", "mine.jsonl, line 1, field 'target'"),
+        (b"\xff\xfe{", "", "", "not UTF-8"),
+        (None, "", "", "mine.jsonl does not exist"),
+        (b"as it was", '"generate"', '"generated"', "scorers[0]"),
+        (b"as it was", "scorers", 'renderings = ["doubtful"]\nscorers', "renderings[0]"),
+        (b"as it was", "scorers", "texts = 2\nscorers", "asks for held-out text"),
+        (b"as it was", "[[methods]]", "[[method]]", "unknown key 'method'"),
+    ],
+)
+def test_whatever_is_wrong_afterwards_results_stay(file, ran, tmp_path, monkeypatch, data, old, new, message):
+    """The same run once more, its data or its file spoilt since: an error, and not a byte is touched."""
+    monkeypatch.delenv("BAFT_DATA", raising=False)
+    folder, cases, spoilt = tmp_path / "run", tmp_path / "mine.jsonl", tmp_path / "spoilt.toml"
+    shutil.copytree(ran[0], folder)
+    if data is not None:
+        whole = (file.parent / "mine.jsonl").read_bytes()
+        cases.write_bytes(whole if data == b"as it was" else data)
+    text = file.read_text().replace(str(file.parent / "mine.jsonl"), str(cases))
+    assert old in text
+    spoilt.write_text(text.replace(old, new) if old else text)
+    before = contents(folder)
+    assert message in failed("bench", spoilt, "--out", folder)
+    assert contents(folder) == before
+
+
+def test_a_disk_that_is_full_half_way_keeps_what_is_done(file, ran, tmp_path, monkeypatch):
+    """What was written is whole, and with room again the same command goes on from there."""
+    folder, sync, n_rows = tmp_path / "run", os.fsync, []
+
+    def full(handle):
+        if (folder / "rows.jsonl").exists() and (folder / "rows.jsonl").read_bytes().count(b"\n") > 2:
+            n_rows.append((folder / "rows.jsonl").read_bytes().count(b"\n"))
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        said = failed("bench", file, "--out", folder)
+    assert "No space left on device. What was written before is whole: make room" in said
+    assert n_rows == [3]
+    assert len((folder / "rows.jsonl").read_text().splitlines()) == 2
+    assert not (folder / "report.md").exists()
+    done = invoke("bench", file, "--out", folder, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["scores"] == json.loads(ran[1].stdout)["scores"]
 
 
 def test_work_is_shared_out(file, ran, tmp_path, monkeypatch):

@@ -305,6 +305,10 @@ def test_held_out_text(tmp_path):
     assert held_out_texts(tmp_path, 1) == (("one " * 80).strip(),)
     with pytest.raises(DataError, match="has 2 paragraphs of 80 words, got texts=3: ask for fewer"):
         held_out_texts(tmp_path, 3)
+    path.write_bytes(b"one \xff" * 80)
+    with pytest.raises(DataError, match="cannot be read: .*Fetch it anew, or set texts = 0"):
+        held_out_texts(tmp_path, 1)
+    assert held_out_texts(tmp_path, 0) == ()
 
 
 def test_held_out_text_is_scanned_after_a_chunk(experiment, host, tmp_path):
