@@ -37,7 +37,7 @@ check: $(STAMP)  ## Lint, format, types, layers, dead code, dependencies, spelli
 
 lock: $(STAMP)  ## Write lock.txt anew from pyproject.toml; UPGRADE=--upgrade takes the newest releases
 	$(PY) -m pip install -q uv
-	$(PY) -m uv pip compile pyproject.toml --extra dev --python-version 3.11 --universal --no-annotate \
+	$(PY) -m uv pip compile pyproject.toml --extra dev --extra general --python-version 3.11 --universal --no-annotate \
 		--custom-compile-command 'make lock' $(UPGRADE) -q -o lock.txt
 
 clean:  ## Remove everything that was built, .venv included

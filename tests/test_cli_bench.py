@@ -1,6 +1,9 @@
 """The commands that measure, on a tiny random host."""
 
+import errno
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +12,7 @@ from typer.testing import CliRunner
 
 from baft.cli.app import app
 from baft.evals.experiment import default_experiment, read_experiment
+from baft.evals.general import TaskScore
 from tiny import CHATML, tiny_host, tiny_tokenizer
 
 FACTS = [("The tower is in", "Ro"), ("The king of France was", "Al")]
@@ -140,6 +144,60 @@ def test_mistakes_in_a_file_are_told(file, tmp_path, old, new, message):
     assert not (tmp_path / "run").exists()
 
 
+def contents(folder):
+    return {one.name: one.read_bytes() for one in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("data", "old", "new", "message"),
+    [
+        (b'{"prompt": "The tower is in"}\n', "", "", "mine.jsonl, line 1, field 'target'"),
+        (b"\xff\xfe{", "", "", "not UTF-8"),
+        (None, "", "", "mine.jsonl does not exist"),
+        (b"as it was", '"generate"', '"generated"', "scorers[0]"),
+        (b"as it was", "scorers", 'renderings = ["doubtful"]\nscorers', "renderings[0]"),
+        (b"as it was", "scorers", "texts = 2\nscorers", "asks for held-out text"),
+        (b"as it was", "[[methods]]", "[[method]]", "unknown key 'method'"),
+    ],
+)
+def test_whatever_is_wrong_afterwards_results_stay(file, ran, tmp_path, monkeypatch, data, old, new, message):
+    """The same run once more, its data or its file spoilt since: an error, and not a byte is touched."""
+    monkeypatch.delenv("BAFT_DATA", raising=False)
+    folder, cases, spoilt = tmp_path / "run", tmp_path / "mine.jsonl", tmp_path / "spoilt.toml"
+    shutil.copytree(ran[0], folder)
+    if data is not None:
+        whole = (file.parent / "mine.jsonl").read_bytes()
+        cases.write_bytes(whole if data == b"as it was" else data)
+    text = file.read_text().replace(str(file.parent / "mine.jsonl"), str(cases))
+    assert old in text
+    spoilt.write_text(text.replace(old, new) if old else text)
+    before = contents(folder)
+    assert message in failed("bench", spoilt, "--out", folder)
+    assert contents(folder) == before
+
+
+def test_a_disk_that_is_full_half_way_keeps_what_is_done(file, ran, tmp_path, monkeypatch):
+    """What was written is whole, and with room again the same command goes on from there."""
+    folder, sync, n_rows = tmp_path / "run", os.fsync, []
+
+    def full(handle):
+        if (folder / "rows.jsonl").exists() and (folder / "rows.jsonl").read_bytes().count(b"\n") > 2:
+            n_rows.append((folder / "rows.jsonl").read_bytes().count(b"\n"))
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        said = failed("bench", file, "--out", folder)
+    assert "No space left on device. What was written before is whole: make room" in said
+    assert n_rows == [3]
+    assert len((folder / "rows.jsonl").read_text().splitlines()) == 2
+    assert not (folder / "report.md").exists()
+    done = invoke("bench", file, "--out", folder, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["scores"] == json.loads(ran[1].stdout)["scores"]
+
+
 def test_work_is_shared_out(file, ran, tmp_path, monkeypatch):
     given = []
 
@@ -196,3 +254,47 @@ def test_the_default_is_of_one_kind_with_the_quick_look():
     assert (benchmark.name, benchmark.split) == ("facts", "report")
     assert len(benchmark.cases(benchmark.load(None), "report")) == 20
     assert default.texts == 0
+
+
+@pytest.fixture(scope="module")
+def saved(file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("edits") / "one.baft"
+    settings = [f"--set={one}" for one in ("learning_rate=5e-2", "stop_margin=0.7", "layers=[1]")]
+    edit = ["--model", file.parent / "host", "--prompt", FACTS[0][0], "--target", FACTS[0][1]]
+    done = invoke("edit", *edit, "--method", "reft", *settings, "--save", folder)
+    assert done.exit_code == 0, done.stderr
+    return folder
+
+
+def test_general_ability_is_measured_before_and_after(saved, monkeypatch):
+    asked = []
+
+    def measure(host, live, tokenizer, tasks, **more):
+        asked.append((live.baft_edited_model.host is host, tasks, more))
+        return [TaskScore("toy", "acc", 0.5, 0.1, 0.75, None, 4)]
+
+    monkeypatch.setattr("baft.evals.general.require_lm_eval", lambda: None)
+    monkeypatch.setattr("baft.evals.general.general_ability", measure)
+    done = invoke("general", saved, "--tasks", "toy, other", "--tasks", "third", "--limit", "4", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout) == [
+        {
+            "task": "toy",
+            "metric": "acc",
+            "before": 0.5,
+            "before_stderr": 0.1,
+            "after": 0.75,
+            "after_stderr": None,
+            "n": 4,
+        }
+    ]
+    assert asked == [(True, ["toy", "other", "third"], {"limit": 4, "batch_size": 8, "folder": None})]
+    said = invoke("general", saved, "--tasks", "toy").stdout
+    for shown in ("0.5000 ± 0.1000", "0.7500", "+0.2500"):
+        assert shown in said
+
+
+def test_without_lm_eval_no_edits_are_loaded_for_it(saved, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr("baft.model.load", lambda *_, **__: pytest.fail("loaded for nothing"))
+    assert "pip install 'baft[general]'" in failed("general", saved, "--tasks", "toy")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from baft.data.facts import Facts
+
 ROOT = Path(__file__).parent.parent
 
 FACT = """
@@ -42,6 +44,26 @@ def test_a_missed_bar_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture
     hopeless = ["--set", "max_steps=1", "--set", "learning_rate=1e-8"]
     assert main(["--facts", str(tmp_path / "facts.toml"), "--brief", *hopeless]) == 1
     assert "missed: edit alone: 0/1" in capsys.readouterr().out
+
+
+def test_facts_of_the_benchmark_are_chosen_by_their_rule_alone() -> None:
+    """The first known fact of each of the first eight relations of the report half; none is passed over."""
+    demo = runpy.run_path(str(ROOT / "demo" / "run.py"))
+    chosen = demo["facts_of_benchmark"]()
+    benchmark = Facts()
+    cases, known = benchmark.cases("report"), benchmark.known("smollm2")
+    relations = list(dict.fromkeys(case.id.partition("/")[0] for case in cases))
+    assert len(chosen) == 8
+    n_unknown = 0
+    for relation, fact in zip(relations, chosen, strict=False):
+        mine = [case for case in cases if case.id.partition("/")[0] == relation]
+        place = [case.edit.prompt for case in mine].index(fact["prompt"])
+        assert known[mine[place].id]
+        assert not any(known[case.id] for case in mine[:place])
+        n_unknown += place
+        kinds = [probe.kind for probe in demo["probes_of"](fact)]
+        assert [kinds.count(kind) for kind in demo["BARS"]] == [1, 3, 1, 2]
+    assert n_unknown > 0  # control: the first fact is not always known
 
 
 def test_demo_and_dev_facts_share_no_subject() -> None:

@@ -162,7 +162,7 @@ def test_edits_made_and_asked_in_one_stack_are_those_made_one_by_one(experiment,
 
 
 def test_where_an_edit_of_a_stack_fails_all_are_made_one_by_one(experiment, host, tmp_path):
-    short = {**LEARNS, "max_target_tokens": 3}
+    short = {**LEARNS, "max_target_tokens": 4}
     bench = Bench(experiment(MethodSpec(name="reft", settings=short)), host=host)
     [task] = bench.tasks
     edit = replace(task.cases[1].edit, target="Albert the king")
@@ -344,6 +344,10 @@ def test_held_out_text(tmp_path):
     assert held_out_texts(tmp_path, 1) == (("one " * 80).strip(),)
     with pytest.raises(DataError, match="has 2 paragraphs of 80 words, got texts=3: ask for fewer"):
         held_out_texts(tmp_path, 3)
+    path.write_bytes(b"one \xff" * 80)
+    with pytest.raises(DataError, match="cannot be read: .*Fetch it anew, or set texts = 0"):
+        held_out_texts(tmp_path, 1)
+    assert held_out_texts(tmp_path, 0) == ()
 
 
 def test_held_out_text_is_scanned_after_a_chunk(experiment, host, tmp_path):

@@ -15,7 +15,7 @@ import typer
 from rich.filesize import decimal
 
 import baft
-from baft.cli.bench import bench, compare, list_benchmarks, report
+from baft.cli.bench import bench, compare, general, list_benchmarks, report
 from baft.cli.options import (
     DEFAULT_HOST,
     Artifact,
@@ -382,4 +382,5 @@ def list_methods(as_json: Json = False) -> None:
 app.command()(bench)
 app.command()(report)
 app.command()(compare)
+app.command()(general)
 app.command("benchmarks")(list_benchmarks)

@@ -1,5 +1,6 @@
 """The commands that score methods: running an experiment, reporting it, comparing two methods."""
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from baft.cli.options import Json, Quiet
+from baft.cli.options import Artifact, Device, Dtype, HostOf, Json, Quiet, Terms
 from baft.cli.tables import table
 from baft.cli.terminal import Terminal
+from baft.cli.work import load_edits
 from baft.errors import ConfigError
 
 Data = Annotated[
@@ -123,6 +125,58 @@ def compare(
     Terminal(as_json=as_json).result(_as_dicts(header, rows), table(header, rows))
 
 
+def general(
+    artifact: Artifact,
+    tasks: Annotated[
+        list[str],
+        typer.Option("--tasks", metavar="NAME,...", help="Tasks of lm-eval, such as hellaswag,arc_easy."),
+    ],
+    limit: Annotated[
+        int | None, typer.Option("--limit", "-n", min=1, help="No more questions than this of each task.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Questions asked at once.")] = 8,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--task-folder", metavar="FOLDER", help="Where further tasks are defined, in YAML."),
+    ] = None,
+    model: HostOf = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    accept_terms: Terms = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure general ability before and after the edits, with lm-eval.
+
+    Needs `pip install 'baft[general]'`. Most tasks fetch their questions from the Hugging Face hub.
+    """
+    from dataclasses import asdict
+
+    from baft.evals.general import general_ability, require_lm_eval
+
+    require_lm_eval()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant here
+    terminal = Terminal(as_json=as_json, quiet=quiet)
+    loaded = load_edits(terminal, artifact, model, dtype, device, accept_terms)
+    names = [name.strip() for given in tasks for name in given.split(",") if name.strip()]
+    found = general_ability(
+        loaded.host, loaded.hf, loaded.tokenizer, names, limit=limit, batch_size=batch_size, folder=folder
+    )
+    header = ("task", "metric", "n", "before", "after", "after − before")
+    rows = [
+        (
+            one.task,
+            one.metric,
+            "" if one.n is None else str(one.n),
+            _measured(one.before, one.before_stderr),
+            _measured(one.after, one.after_stderr),
+            f"{one.after - one.before:+.4f}",
+        )
+        for one in found
+    ]
+    terminal.result([asdict(one) for one in found], table(header, rows))
+
+
 def list_benchmarks(as_json: Json = False) -> None:
     """List the benchmarks and their splits."""
     from baft.data.base import benchmarks
@@ -139,6 +193,11 @@ def list_benchmarks(as_json: Json = False) -> None:
         )
     rows = [(one["name"], one["summary"], "\n".join(one["splits"]), one["source"]) for one in data]
     Terminal(as_json=as_json).result(data, table(("name", "summary", "splits", "source"), rows))
+
+
+def _measured(value: float, stderr: float | None) -> str:
+    """A score with its standard error."""
+    return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
 
 
 def _side(text: str) -> tuple[Path, str | None]:

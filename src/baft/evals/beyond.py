@@ -67,7 +67,7 @@ def held_out_texts(data: Path | None, n: int) -> tuple[str, ...]:
     """The first `n` long paragraphs of the held-out text that no method sees.
 
     Raises:
-        DataError: If the file is not there, or does not hold so many.
+        DataError: If the file is not there, cannot be read, or does not hold so many.
     """
     if not n:
         return ()
@@ -77,7 +77,10 @@ def held_out_texts(data: Path | None, n: int) -> tuple[str, ...]:
             f"texts={n} asks for held-out text, and {path or HELD_OUT} is not there: name the data folder "
             "(--data or BAFT_DATA), or set texts = 0"
         )
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}. Fetch it anew, or set texts = 0") from error
     found = [line.strip() for line in lines if len(line.split()) >= _TEXT_WORDS][:n]
     if len(found) < n:
         raise DataError(
