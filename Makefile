@@ -42,7 +42,7 @@ lock: $(STAMP)  ## Write lock.txt anew from pyproject.toml; UPGRADE=--upgrade ta
 
 clean:  ## Remove everything that was built, .venv included
 	rm -rf $(VENV) build dist .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
-	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 host: $(STAMP)
 	$(PY) -m baft.hosts.embedded smollm2

@@ -1,4 +1,4 @@
-"""The other end of `pyreft.py`: runs in pyreft's own environment, one order a line, and trains when told to.
+"""The other end of `pyreft_steps.py`: runs in the environment of pyreft, and trains when told to.
 
 Orders are JSON on standard input: `load` with a host's folder or name, layers and rank; `steps` with texts
 as token ids and a number of steps. Answers are JSON on standard output, one a line; whatever else is

@@ -130,6 +130,7 @@ def run(setting: str, host: Host, speed: float, sheet: Sheet) -> dict[str, Any]:
         "once_for_a_host_s": once_s,
         "edit_s": summarize(took),
         "n_steps": steps,
+        "why_full": seen["outcome"].why_full,
         "bytes_above_first_site": n_above,
         "bound_s": bound_s,
         "share_of_bound": summarize([bound_s / one for one in took]),
@@ -193,6 +194,9 @@ def main(argv: list[str] | None = None) -> int:
         "background",
     )
     sheet.table(f"random host of {results['host_bytes'] / 1e9:.2f} GB in bfloat16", columns, rows)
+    for setting, found in results["settings"].items():
+        if found["why_full"] is not None:
+            sheet.say(f"{setting} ran the whole host at every step: {found['why_full']}")
     peak = results["peak_of_process"]
     sheet.say(
         f"memory read at {results['bytes_per_s'] / 1e9:.1f} GB/s; "

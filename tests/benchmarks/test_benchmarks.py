@@ -168,5 +168,6 @@ def test_scale_7b(tmp_path):
     results = quick("scale_7b", tmp_path)
     for found in results["settings"].values():
         assert found["n_steps"] == [15, 15, 15]
+        assert found["why_full"] is None
         assert 0 < found["share_of_bound"]["median"] < 1, "nothing is faster than the memory"
     assert results["peak_of_process"] > results["host_bytes"]
