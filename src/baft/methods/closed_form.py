@@ -22,6 +22,7 @@ from baft.nn.whitening import Whitening
 EditKeys = tuple[Float[Tensor, "_ d_model"], Int[Tensor, " _"]]  # of one edit: states, and their slots
 
 _ORDINARY_QUANTILE = 0.999
+_ROWS = 2048  # states looked at in one piece
 _HIGHEST_MIDPOINT = 0.8  # a gate whose midpoint reached one would not open at its own key
 
 
@@ -49,7 +50,7 @@ class ClosedFormGates:
 
     def __init__(self, config: BaftConfig, negatives: Background, site: Site, device: torch.device):
         self.config = config
-        self.states = negatives.states[site].to(device).double()
+        self.states = negatives.states[site].to(device)
         self._slots = negatives.slots.to(device)
         self._unrelated = self._slots == Slot.UNRELATED
         self._fits: dict[int, Whitening] = {}
@@ -86,21 +87,37 @@ class ClosedFormGates:
             slots: What kind of key each of them is.
         """
         config = self.config
-        gates = []
-        for k in range(min(config.rank, len(keys))):
-            u, c = self.fit(int(slots[k])).gate(
+        made = [
+            self.fit(int(slots[k])).gate(
                 keys[k :: config.rank], sharpness=config.gate_sharpness, midpoint=0.0
             )
-            scores = (self.states @ u + c) / config.gate_sharpness
-            lowest = config.output_midpoint if slots[k] == Slot.TEXT else config.gate_midpoint
-            ordinary = torch.quantile(scores, _ORDINARY_QUANTILE).item()
-            if bool(self._unrelated.any()):
-                ordinary = max(ordinary, scores[self._unrelated].max().item())
-            midpoint = max(lowest, min(ordinary + config.gate_clearance, _HIGHEST_MIDPOINT))
-            gates.append((u, c - config.gate_sharpness * midpoint))
-        U, c = (torch.stack(parts) for parts in zip(*gates, strict=True))
-        spread = torch.arange(config.rank, device=keys.device) % len(gates)
+            for k in range(min(config.rank, len(keys)))
+        ]
+        U, c = (torch.stack(parts) for parts in zip(*made, strict=True))
+        is_output = slots[: len(made)] == Slot.TEXT
+        lowest = torch.where(is_output, config.output_midpoint, config.gate_midpoint).to(c)
+        clear = (self._ordinary(U, c) + config.gate_clearance).clamp(max=_HIGHEST_MIDPOINT)
+        c = c - config.gate_sharpness * torch.maximum(lowest, clear)
+        spread = torch.arange(config.rank, device=keys.device) % len(made)
         return U[spread], c[spread]
+
+    def _ordinary(
+        self, U: Float[Tensor, "gate d_model"], c: Float[Tensor, " gate"]
+    ) -> Float[Tensor, " gate"]:
+        """The score that all but a thousandth of the states stay below; and every one that the user named."""
+        place = _ORDINARY_QUANTILE * (len(self.states) - 1)
+        below = int(place)
+        highest = U.new_full((0, len(U)), 0.0)
+        named = U.new_full((len(U),), -torch.inf)
+        for states, unrelated in zip(self.states.split(_ROWS), self._unrelated.split(_ROWS), strict=True):
+            scores = (torch.addmm(c, states.double(), U.T)) / self.config.gate_sharpness
+            highest = torch.cat([highest, scores])
+            highest = highest.topk(min(len(highest), len(self.states) - below), dim=0).values
+            if bool(unrelated.any()):
+                named = torch.maximum(named, scores[unrelated].amax(0))
+        lower = highest[-1]
+        upper = highest[max(len(highest) - 2, 0)]
+        return torch.maximum(torch.lerp(lower, upper, place - below), named)
 
     def gate(self, of_edits: Sequence[EditKeys], dtype: torch.dtype) -> LogisticGate:
         """The gates of several edits, a block each."""

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from baft.nn.gates import closed_form_gate
 
+_ROWS = 2048
+
 
 @dataclass(frozen=True, slots=True)
 class Whitening:
@@ -39,11 +41,14 @@ class Whitening:
             weights: Weight of each, positive; only their proportions count.
             shrinkage: Between 0 and 1, above 0.
         """
-        states, weights = states.double(), weights.double()
-        share = (weights / weights.sum()).unsqueeze(-1)
-        mean = (share * states).sum(0)
-        centered = states - mean
-        covariance = (share * centered).T @ centered
+        share = (weights.double() / weights.double().sum()).unsqueeze(-1)
+        # In pieces: all states at once in float64 would take many times the memory of an edit.
+        pieces = list(zip(states.split(_ROWS), share.split(_ROWS), strict=True))
+        mean = torch.stack([(part * rows.double()).sum(0) for rows, part in pieces]).sum(0)
+        covariance = mean.new_zeros(len(mean), len(mean))
+        for rows, part in pieces:
+            centered = rows.double() - mean
+            covariance.addmm_((part * centered).T, centered)
         diagonal = covariance.diagonal()
         diagonal = diagonal.clamp_min(1e-9 * diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny))
         shrunk = (1.0 - shrinkage) * covariance + torch.diag(shrinkage * diagonal)
@@ -54,5 +59,9 @@ class Whitening:
     ) -> tuple[Float[Tensor, " d_model"], Float[Tensor, ""]]:
         """The closed-form gate `(u, c)` that opens at every key; see `closed_form_gate`."""
         keys = keys.double()
-        precision_keys = torch.cholesky_solve((keys - self.mean).T, self.factor).T
+        precision_keys = self.precision(keys)
         return closed_form_gate(keys, self.mean, precision_keys, sharpness=sharpness, midpoint=midpoint)
+
+    def precision(self, keys: Float[Tensor, "key d_model"]) -> Float[Tensor, "key d_model"]:
+        """`S^-1 (key - mean)` for every key, in float64."""
+        return torch.cholesky_solve((keys.double() - self.mean).T, self.factor).T
