@@ -65,10 +65,7 @@ def load(
     )
     name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
     is_folder = bool(name) and name not in EMBEDDED and Path(name).expanduser().is_dir()
-    model = Model(found, source=str(Path(name).expanduser().resolve()) if is_folder else name)
-    if saved is not None:
-        model.restore(saved)
-    return model
+    return Model(found, source=str(Path(name).expanduser().resolve()) if is_folder else name, saved=saved)
 
 
 def load_from_hub(

@@ -54,9 +54,14 @@ class Model:
     Args:
         host: The host; its weights are never changed.
         source: What loads the host again, for artifacts; empty for a live one.
+        saved: The edits of an artifact, to be put into force; None for none.
+
+    Raises:
+        HostMismatchError: If these edits were made on other weights.
+        DamagedArtifactError: If tensors of theirs are missing, left over or misshapen.
     """
 
-    def __init__(self, host: Host, *, source: str = ""):
+    def __init__(self, host: Host, *, source: str = "", saved: EditSet | None = None):
         self._host, self._source = host, source
         self._speaker = Speaker(host)
         self._editor: Editor | None = None
@@ -65,6 +70,8 @@ class Model:
         # One for good, so that `hf` follows; `_put_in_force` gives it what the editor has.
         self._edited = EditedModel(host.model)
         self._witness = Witness(self._speaker, self._edited)
+        if saved is not None:
+            self._restore(saved)
 
     def __repr__(self) -> str:
         method = f" by {self._editor.name}/{self._preset}" if self._editor and self.edits else ""
@@ -375,7 +382,7 @@ class Model:
             path = self.save(Path(folder) / f"{repo_id.rpartition('/')[2]}.baft")
             return artifact.push_to_hub(path, repo_id, token=token, private=private)
 
-    def restore(self, saved: EditSet) -> None:
+    def _restore(self, saved: EditSet) -> None:
         """Puts the edits of an artifact into force.
 
         Raises:
