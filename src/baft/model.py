@@ -25,9 +25,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from baft import artifact, config
 from baft.artifact import EditSet, StoredEdit
 from baft.errors import ArtifactError, ConfigError, EditError, InputError, UndoError
-from baft.hosts.edited_model import EditedModel, live_view
+from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Messages
 from baft.hosts.identity import HostIdentity, compare, identify
+from baft.hosts.live_view import live_view
 from baft.hosts.models import Host
 from baft.hosts.speaking import Speaker
 from baft.methods.base import (
