@@ -31,7 +31,7 @@ from baft.hosts.models import Host
 from baft.hosts.passes import Own, Predictions, Targets, with_parts
 from baft.hosts.positions import PositionSpec
 
-KeysValues = tuple[Float[Tensor, "row head pos d_key"], Float[Tensor, "row head pos d_value"]]
+KeysValues = tuple[Float[Tensor, "row head held d_key"], Float[Tensor, "row head held d_value"]]
 
 _ROWS_AT_ONCE = 32  # of the first pass, in order of their length, so that little of it is padding
 
@@ -71,7 +71,8 @@ class SuffixPass:
         self._takes_positions = "position_ids" in inspect.signature(_inner(host.model).forward).parameters
         device = input_device(host.model)
         n_prompt = torch.tensor([len(text.prompt_ids) for text in texts], device=device)
-        n_prefix = (n_prompt - positions.last_prompt).clamp(min=0)
+        # The last prompt token too, edited or not: the first target token is predicted there.
+        n_prefix = (n_prompt - max(positions.last_prompt, 1)).clamp(min=0)
         rests = [
             (*text.prompt_ids[n:], *text.target_ids[:-1])
             for text, n in zip(texts, n_prefix.tolist(), strict=True)
