@@ -26,6 +26,7 @@ RETAINED = (
 )
 _MANY_POINTS = 400
 _TICKS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+_LEGEND_COLUMNS = 4
 _Probe = tuple[str, str]
 
 
@@ -140,14 +141,16 @@ class Painter:
             axes.set(xlabel=x, ylabel=y)
             axes.legend(
                 loc="lower left",
-                ncols=4,
+                ncols=_LEGEND_COLUMNS,
                 bbox_to_anchor=(-0.1, 1),
                 borderaxespad=0.1,
                 columnspacing=0.9,
                 handletextpad=0.2,
             )
 
-        return self._draw(paint, f"{y} against {x}", Frame(4.2, 3.2, left=0.58))
+        more = 0.17 * ((len(points) - 1) // _LEGEND_COLUMNS)  # inches for further lines of the legend
+        frame = Frame(4.2, 3.2 + more, left=0.58, above=0.28 + more)
+        return self._draw(paint, f"{y} against {x}", frame)
 
     def _gates(self, group: Group) -> str | None:
         opened: dict[_Probe, list[float]] = {}
