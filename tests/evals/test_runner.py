@@ -130,6 +130,17 @@ def test_a_row_says_what_was_asked_and_what_came_of_it(experiment, host, tmp_pat
     assert manifest["versions"]["torch"]
 
 
+def test_chat_questions_are_asked_in_chat_and_nothing_else_is(experiment, host, tmp_path):
+    given = experiment(scorers=("generate", "chat_questions"))
+    rows = rows_of(Bench(given, host=host), tmp_path)
+    whole = rows_of(Bench(experiment(scorers=("generate", "generate_chat")), host=host), tmp_path / "whole")
+    for row, other in zip(rows, whole, strict=True):
+        asked = [probe for probe in row["probes"] if "chat" in probe]
+        assert [probe["prompt"] for probe in asked] == ["Where?"]
+        assert asked[0]["chat"] == other["probes"][2]["chat"]
+        assert sum("chat" in probe for probe in other["probes"]) == 6  # control
+
+
 def close(one, other):
     """Rows that are equal but for how long they took, for the last digits of numbers, and for their task."""
     if isinstance(one, dict):

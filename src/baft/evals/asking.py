@@ -18,6 +18,7 @@ from baft.types import Probe
 
 Question = tuple[Row, int, int]  # a prompt, the length limit of its reply, and the edit it is asked under
 EVERYTHING = frozenset({"teacher_forced", "generate", "generate_chat"})
+OBSERVATIONS = EVERYTHING | {"chat_questions"}  # a part of generate_chat
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ class Asker:
             asked: The model; or, for edits that do not see each other, the one that puts every row of a batch
                 under its own.
             probes: What to ask.
-            want: Which of `EVERYTHING`.
+            want: Which of `OBSERVATIONS`.
             before: What was seen of the unedited host on the same probes; left out when it is the host that
                 is asked. Locality probes without a known answer take the host's reply from here.
             owners: The edit under which each probe is asked, where there are several models; the host is then
@@ -157,8 +158,8 @@ class Asker:
             UnknownNameError: If something unknown is wanted.
             InputError: If `before` does not belong to these probes, or a text cannot be encoded.
         """
-        for name in sorted(want - EVERYTHING):
-            raise unknown_name("observation", name, sorted(EVERYTHING))
+        for name in sorted(want - OBSERVATIONS):
+            raise unknown_name("observation", name, sorted(OBSERVATIONS))
         if before is not None and len(before) != len(probes):
             raise InputError(
                 f"got {len(before)} earlier observations for {len(probes)} probes: give one for each"
@@ -257,7 +258,7 @@ class Asker:
         wants_raw = "generate" in want and not probe.chat
         wants_forced = "teacher_forced" in want and not probe.chat
         raw, chat, span = encoder.prompt(probe.prompt), None, None
-        if "generate_chat" in want and self.chat:
+        if self.chat and ("generate_chat" in want or (probe.chat and "chat_questions" in want)):
             chat = encoder.chat([{"role": "user", "content": probe.prompt}])
         if wants_forced and probe.target is not None:
             span = published_span(encoder, probe.prompt, probe.target)

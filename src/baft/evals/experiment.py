@@ -14,7 +14,7 @@ from baft.data.base import Benchmark, benchmarks
 from baft.errors import ConfigError
 from baft.types import EditCase, Probe
 
-Scorer = Literal["teacher_forced", "generate", "generate_chat", "gates", "fluency"]
+Scorer = Literal["teacher_forced", "generate", "generate_chat", "chat_questions", "gates", "fluency"]
 Rendering = Literal["distracting_prefix", "after_unrelated_tokens", "negated", "doubted"]
 Stage = Literal["immediate", "final"]
 
@@ -138,7 +138,9 @@ class Experiment:
         model: The host.
         dtype: Its precision; None takes its own.
         seeds: Of the methods; but for 0, they also draw the order in which a chunk's edits are made.
-        scorers: What is asked. Teacher-forced predictions also carry the locality scores on logits; `gates`
+        scorers: What is asked. Teacher-forced predictions also carry the locality scores on logits;
+            `generate_chat` asks everything in the chat template too, `chat_questions` only what is a question
+            for the chat, which costs half; `gates`
             reads how far the gates open at the last token of each prompt, and `fluency` how varied a text of
             100 tokens is that the model writes after each edit's prompt.
         renderings: Harder ways in which the edit's own prompt and its first rephrasing are asked too; their

@@ -67,7 +67,7 @@ class Bench:
             self.host,
             batch_size=experiment.batch_size,
             max_new_tokens=experiment.max_new_tokens,
-            chat="generate_chat" in experiment.scorers,
+            chat=bool({"generate_chat", "chat_questions"} & set(experiment.scorers)),
         )
         encoder = self._asker.speaker.encoder
         for name, found in self.cases.items():
