@@ -296,5 +296,5 @@ def test_general_ability_is_measured_before_and_after(saved, monkeypatch):
 
 def test_without_lm_eval_no_edits_are_loaded_for_it(saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setattr("baft.model.load", lambda *_, **__: pytest.fail("loaded for nothing"))
+    monkeypatch.setattr("baft.loading.load", lambda *_, **__: pytest.fail("loaded for nothing"))
     assert "pip install 'baft[general]'" in failed("general", saved, "--tasks", "toy")

@@ -506,6 +506,56 @@ def test_a_long_target_is_refused_before_anything_is_generated(model, monkeypatc
     assert max(said, default=0) <= 12
 
 
+def test_many_edits_are_made_apart_and_put_into_force_together(model, pair):
+    """Each is what it is alone on the untouched host; all of them add up, and each can be taken back."""
+    edits = [Edit(*TOWER), Edit(*KING), Edit(*PARIS)]
+    steps = []
+    report = model.edit_many(edits, **OWN, on_step=lambda step, *_: steps.append(step))
+    assert [row.edit_id for row in report.rows] == [edit.id for edit in edits]
+    assert report.n_steps == max(steps)
+    assert [one.request for one in model.edits] == [0, 1, 2]
+    together = model.logits(TOWER[0])
+    for edit in edits:
+        alone = baft.load(pair)
+        alone.edit(edit, **OWN)
+        mine = {name: tensor for name, tensor in model._editor.state_dict().items() if edit.id in name}
+        for name, tensor in alone._editor.state_dict().items():
+            torch.testing.assert_close(mine[name], tensor, rtol=1e-9, atol=1e-9)
+    assert model.undo(2) == (edits[2], edits[1])
+    alone = baft.load(pair)
+    alone.edit(edits[0], **OWN)
+    torch.testing.assert_close(model.logits(TOWER[0]), alone.logits(TOWER[0]), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(model.logits(TOWER[0]), baft.load(pair).logits(TOWER[0]))  # control
+    model.edit_many(edits[1:], **OWN)  # the first is in force meanwhile, as for any later edit
+    assert not torch.equal(model.logits(TOWER[0]), together)
+    model.undo(3)
+    assert torch.equal(model.logits(TOWER[0]), baft.load(pair).logits(TOWER[0]))
+
+
+def test_many_edits_that_cannot_be_made_change_nothing(model):
+    model.edit(*TOWER, **OWN)
+    before = model.logits(KING[0])
+    for wrong, message in (
+        ([Edit(*KING), Edit(*KING)], "twice"),
+        ([Edit(*KING), Edit(*TOWER)], "in force already"),
+        ([Edit(*KING), Edit("A", "y" * 400)], "at most 128 are edited"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model.edit_many(wrong, **OWN)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.edit_many([Edit(*KING), Edit(*PARIS)], **OWN, on_step=interrupt)
+    assert len(model.edits) == 1
+    assert torch.equal(model.logits(KING[0]), before)
+    model.undo()
+    with pytest.raises(ConfigError, match="share their bases do not add up"):
+        model.edit_many([Edit(*KING), Edit(*PARIS)], **SHARED)
+    assert model.edits == ()
+
+
 def test_the_same_edit_twice_is_refused(model):
     model.edit(*TOWER, **DULL)
     with pytest.raises(

@@ -12,6 +12,7 @@ MODEL = [
     "check",
     "disabled",
     "edit",
+    "edit_many",
     "edits",
     "explain",
     "generate",

@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from baft.model import Model, load, load_from_hub
+    from baft.loading import load, load_from_hub
+    from baft.model import Model
     from baft.report import AppliedEdit, EditReport, TokenGates
     from baft.types import Edit
 
@@ -19,8 +20,8 @@ _HOMES = {
     "EditReport": "baft.report",
     "Model": "baft.model",
     "TokenGates": "baft.report",
-    "load": "baft.model",
-    "load_from_hub": "baft.model",
+    "load": "baft.loading",
+    "load_from_hub": "baft.loading",
 }
 
 __all__ = ["AppliedEdit", "Edit", "EditReport", "Model", "TokenGates", "load", "load_from_hub"]

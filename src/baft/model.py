@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -25,33 +25,44 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from baft import artifact, config
 from baft.artifact import EditSet, StoredEdit
 from baft.errors import ArtifactError, ConfigError, EditError, InputError, UndoError
-from baft.hosts.edited_model import EditedModel, live_view
-from baft.hosts.embedded import EMBEDDED
+from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Messages
 from baft.hosts.identity import HostIdentity, compare, identify
-from baft.hosts.models import DeviceMap, Host, load_host
+from baft.hosts.live_view import live_view
+from baft.hosts.models import Host
 from baft.hosts.speaking import Speaker
-from baft.methods.base import Capability, Editor, GateReading, OnStep, methods
+from baft.methods.base import (
+    Capability,
+    Editor,
+    EditOutcome,
+    GateReading,
+    OnStep,
+    StackedEditor,
+    methods,
+)
 from baft.report import AppliedEdit, EditReport, TokenGates
 from baft.types import Edit, EditRequest, as_edits
 from baft.witness import Witness
 
 logger = logging.getLogger(__name__)
 
-Source = str | os.PathLike[str] | tuple[Any, Any]
-
 
 class Model:
-    """A host with a set of edits. Made by `load`.
+    """A host with a set of edits. Made by `baft.load`.
 
     Not safe for two threads that edit at once; asking from several threads is fine.
 
     Args:
         host: The host; its weights are never changed.
         source: What loads the host again, for artifacts; empty for a live one.
+        saved: The edits of an artifact, to be put into force; None for none.
+
+    Raises:
+        HostMismatchError: If these edits were made on other weights.
+        DamagedArtifactError: If tensors of theirs are missing, left over or misshapen.
     """
 
-    def __init__(self, host: Host, *, source: str = ""):
+    def __init__(self, host: Host, *, source: str = "", saved: EditSet | None = None):
         self._host, self._source = host, source
         self._speaker = Speaker(host)
         self._editor: Editor | None = None
@@ -60,6 +71,8 @@ class Model:
         # One for good, so that `hf` follows; `_put_in_force` gives it what the editor has.
         self._edited = EditedModel(host.model)
         self._witness = Witness(self._speaker, self._edited)
+        if saved is not None:
+            self._restore(saved)
 
     def __repr__(self) -> str:
         method = f" by {self._editor.name}/{self._preset}" if self._editor and self.edits else ""
@@ -151,36 +164,88 @@ class Model:
             ConfigError: If a setting is wrong, or does not go with the edits in force.
             EditError: If training breaks down, or inside `disabled()`.
         """
-        if self._edited.is_disabled:
-            raise EditError("edits are disabled here, and an edit could not be seen: edit outside disabled()")
-        began = time.monotonic()
-        unrelated = (unrelated,) if isinstance(unrelated, str) else tuple(unrelated)
-        request = EditRequest(as_edits(prompt, target, subject), unrelated)
         editor = self._editor_for(method, preset, seed, settings)
+        request = EditRequest(as_edits(prompt, target, subject), _texts(unrelated))
         if len(request.edits) > 1 and Capability.BATCH not in editor.capabilities:
             raise ConfigError(
                 f"method {method} makes one edit at a time, got {len(request.edits)}: edit in a loop"
             )
+        return self._make(editor, preset, [request], lambda: (editor.apply(request, on_step=on_step),))
+
+    def edit_many(
+        self,
+        edits: Sequence[Edit],
+        *,
+        method: str = "baft",
+        preset: str = "default",
+        unrelated: Sequence[str] = (),
+        seed: int = 0,
+        on_step: OnStep | None = None,
+        **settings: Any,
+    ) -> EditReport:
+        """Makes many edits, each by itself on the model as it stands, and puts all of them into force.
+
+        They are trained in one batch, which costs a fraction of as many calls of `edit`; unlike edits given
+        to one call of `edit` they share no optimization, so that each is what it would be alone. `undo`
+        counts every one of them as a call.
+
+        Args:
+            edits: The edits.
+            method: Name of a method that can (capability `stacked`).
+            preset: A set of its settings.
+            unrelated: Prompts that shall stay as they are.
+            seed: Of the method's randomness.
+            on_step: Called after every optimizer step.
+            settings: Single settings in place of the preset's.
+
+        Returns:
+            What happened, before and after.
+
+        Raises:
+            InputError: If a text is blank, too long, or given twice.
+            ConfigError: If the method cannot make edits apart, or a setting is wrong.
+            EditError: If training breaks down, or inside `disabled()`; nothing has changed then.
+        """
+        editor = self._editor_for(method, preset, seed, settings)
+        if not isinstance(editor, StackedEditor):
+            raise ConfigError(f"method {method} makes no edits apart from each other: edit in a loop")
+        named = _texts(unrelated)
+        requests = [EditRequest((edit,), named) for edit in EditRequest(tuple(edits)).edits]
+        return self._make(editor, preset, requests, lambda: editor.apply_apart(requests, on_step=on_step))
+
+    def _make(
+        self,
+        editor: Editor,
+        preset: str,
+        requests: Sequence[EditRequest],
+        make: Callable[[], Sequence[EditOutcome]],
+    ) -> EditReport:
+        """Has edits made, looks at what came of them, and takes them all back if anything breaks off."""
+        if self._edited.is_disabled:
+            raise EditError("edits are disabled here, and an edit could not be seen: edit outside disabled()")
+        began = time.monotonic()
+        edits = [edit for request in requests for edit in request.edits]
         known = {applied.edit.id for applied in self.edits}
-        for edit in request.edits:
+        for edit in edits:
             if edit.id in known:
                 raise InputError(f"{edit.prompt!r} -> {edit.target!r} is in force already: undo it first")
-        before = self._witness.says(request.edits)
+        before = self._witness.says(edits)
         n_before, old = len(editor.requests), (self._editor, self._preset, self._decoded)
         try:
             with torch.inference_mode(False):  # training needs gradients wherever it is called
-                outcome = editor.apply(request, on_step=on_step)
-            self._put_in_force(editor, preset, (*self._decoded, outcome.decoded))
-            older = [one.edit for one in self.edits[: -len(request.edits)] if one.decoded]
+                outcomes = make()
+            self._put_in_force(editor, preset, (*old[2], *(outcome.decoded for outcome in outcomes)))
+            older = [one.edit for one in self.edits[: -len(edits)] if one.decoded]
             report = self._witness.report(
-                editor, preset, request, outcome, before=before, older=older, began=began
+                editor, preset, edits, outcomes, before=before, older=older, began=began
             )
-            decoded = tuple(row.decoded for row in report.rows)
-            self._put_in_force(editor, preset, (*self._decoded[:-1], decoded))
+            held = iter(row.decoded for row in report.rows)
+            decoded = (tuple(next(held) for _ in request.edits) for request in requests)
+            self._put_in_force(editor, preset, (*old[2], *decoded))
             return report
         except BaseException as error:  # Ctrl-C included: nothing half-made stays in force
             if len(editor.requests) > n_before:
-                editor.undo()
+                editor.undo(len(editor.requests) - n_before)
             self._put_in_force(*old)
             if isinstance(error, torch.OutOfMemoryError):
                 raise EditError(f"out of memory while editing: edit fewer at once ({error})") from error
@@ -188,6 +253,8 @@ class Model:
 
     def undo(self, n: int = 1) -> tuple[Edit, ...]:
         """Takes the last `n` calls of `edit` back, every bit of them, or none; without any the host is back.
+
+        Each edit of `edit_many` counts as a call.
 
         Returns:
             The edits taken back, newest call first.
@@ -316,7 +383,7 @@ class Model:
             path = self.save(Path(folder) / f"{repo_id.rpartition('/')[2]}.baft")
             return artifact.push_to_hub(path, repo_id, token=token, private=private)
 
-    def _load(self, saved: EditSet) -> None:
+    def _restore(self, saved: EditSet) -> None:
         """Puts the edits of an artifact into force.
 
         Raises:
@@ -385,63 +452,5 @@ class Model:
         return self._speaker.replies(self._edited, rows, max_new_tokens, generation)
 
 
-def load(
-    source: Source,
-    *,
-    host: Source | None = None,
-    dtype: str | torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    device_map: DeviceMap | None = None,
-    offload_folder: str | os.PathLike[str] | None = None,
-    accept_terms: bool = False,
-) -> Model:
-    """Loads a model to edit, or an edited one.
-
-    Args:
-        source: An embedded host's name, a folder, a hub id, or a live `(model, tokenizer)`; or an artifact
-            (`NAME.baft`), whose host is then loaded too (`load_from_hub` takes an artifact's hub id).
-        host: The host of an artifact, where it is not to be loaded from where it was.
-        dtype: Precision of the host.
-        device: Where to put it; "auto" lets accelerate spread it.
-        device_map: In place of one device, one for each module by name; "cpu" and "disk" are possible.
-        offload_folder: Where weights on "disk" are written, if they have to be.
-        accept_terms: Accept the terms of an embedded host that has some.
-
-    Raises:
-        HostError: If the host cannot be loaded.
-        ArtifactError: If the artifact is damaged, or belongs to another host.
-    """
-    saved: EditSet | None = None
-    if isinstance(source, (str, os.PathLike)) and artifact.is_artifact(Path(source)):
-        saved = artifact.read(Path(source))
-        if host is None and not saved.host_source:
-            raise ConfigError(
-                f"{os.fspath(source)} does not say where its host ({saved.host.name}) is loaded from: "
-                "give host="
-            )
-        source = saved.host_source if host is None else host
-    elif isinstance(source, (str, os.PathLike)) and Path(source).suffix == artifact.SUFFIX:
-        raise ArtifactError(f"{os.fspath(source)} does not exist: check the path of the edit set")
-    elif host is not None:
-        raise ConfigError(f"host= goes with an artifact (NAME.baft), and {source!r} is none")
-    found = load_host(
-        source,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        offload_folder=offload_folder,
-        accept_terms=accept_terms,
-    )
-    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
-    is_folder = bool(name) and name not in EMBEDDED and Path(name).expanduser().is_dir()
-    model = Model(found, source=str(Path(name).expanduser().resolve()) if is_folder else name)
-    if saved is not None:
-        model._load(saved)
-    return model
-
-
-def load_from_hub(
-    repo_id: str, *, revision: str | None = None, token: str | None = None, **options: Any
-) -> Model:
-    """Loads an edited model whose artifact is on the hub; `options` as for `load`."""
-    return load(artifact.fetch_from_hub(repo_id, revision=revision, token=token), **options)
+def _texts(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)

@@ -73,20 +73,22 @@ class EditRow:
 
 @dataclass(frozen=True, slots=True)
 class EditReport:
-    """What one call of `Model.edit` did.
+    """What one call of `Model.edit` or `Model.edit_many` did.
 
     Args:
         method: The method.
         preset: Its preset.
         rows: One for each edit.
-        n_steps: Optimizer steps.
-        stopped: Why training stopped.
-        loss: Last value of the loss, in nats; None for a method that minimizes none.
+        n_steps: Optimizer steps; of edits trained apart, the most that one of them took.
+        stopped: Why training stopped; of edits trained apart, all the reasons.
+        loss: Last value of the loss, in nats, the mean of edits trained apart; None for a method that
+            minimizes none.
         seconds_s: Wall time, report included.
         n_canaries: Unrelated prompts that were watched.
         n_canaries_identical: How many of them have next-token logits that are bit for bit the host's.
         n_canaries_same_token: How many of them have the same next token.
         broken: Earlier edits whose target is no longer decoded.
+        why_full: Why every step of training ran the whole host, or None if it did not have to.
     """
 
     method: str
@@ -100,6 +102,7 @@ class EditReport:
     n_canaries_identical: int
     n_canaries_same_token: int
     broken: tuple[str, ...]
+    why_full: str | None = None
 
     @property
     def succeeded(self) -> bool:
@@ -128,6 +131,8 @@ class EditReport:
             f"of {self.n_canaries} unrelated prompts {self.n_canaries_identical} are bit for bit the host's, "
             f"{self.n_canaries_same_token} have its next token"
         )
+        if self.why_full is not None:
+            lines.append(f"every step ran the whole host: {self.why_full}")
         lines += [
             f"FAILED: {row.prompt!r} does not yield {row.target!r}" for row in self.rows if not row.decoded
         ]

@@ -12,7 +12,7 @@ from baft.hosts.edited_model import EditedModel
 from baft.hosts.speaking import Speaker
 from baft.methods.base import Editor, EditOutcome
 from baft.report import EditReport, EditRow
-from baft.types import Edit, EditRequest
+from baft.types import Edit
 
 _WATCHED_EDITS = 16  # earlier edits that a report looks at again; asked in one batch
 _REPLY_TOKENS = 12  # shown of a reply in a report
@@ -31,7 +31,11 @@ class Witness:
 
     def says(self, edits: Sequence[Edit]) -> list[str]:
         """What the model says to the prompts of edits, as far as a report shows it."""
-        return [self._speaker.text(ids) for ids in self._replies(edits, _REPLY_TOKENS)]
+        texts: list[str] = []
+        for start in range(0, len(edits), _WATCHED_EDITS):
+            replies = self._replies(edits[start : start + _WATCHED_EDITS], _REPLY_TOKENS)
+            texts += [self._speaker.text(ids) for ids in replies]
+        return texts
 
     def check(self, edits: Sequence[Edit], *, eos: bool) -> list[tuple[str, bool]]:
         """What the model says to the prompt of each edit, and whether that is its target.
@@ -56,30 +60,31 @@ class Witness:
         self,
         editor: Editor,
         preset: str,
-        request: EditRequest,
-        outcome: EditOutcome,
+        edits: Sequence[Edit],
+        outcomes: Sequence[EditOutcome],
         *,
         before: Sequence[str],
         older: Sequence[Edit],
         began: float,
     ) -> EditReport:
-        """What a call of `edit` did.
+        """What a call of `edit` or `edit_many` did.
 
         Args:
             editor: The method that made the edits; they are in force.
             preset: Its preset.
-            request: What it was asked.
-            outcome: How its optimization went.
+            edits: What it was asked.
+            outcomes: How the optimization of all went, or that of each.
             before: What the model said before.
             older: Edits made before that were decoded then; the last of them are looked at again.
             began: When the call began, on the monotonic clock.
         """
         older = older[-_WATCHED_EDITS:]
         eos = editor.trains_eos
-        after = self.check(request.edits, eos=eos)
+        after = self.check(edits, eos=eos)
         held = [says for _, says in self.check(older, eos=eos)]
         canaries, host = self._canaries
         mine = self._speaker.next_logits(self._edited, canaries)
+        losses = [one.losses[-1] for one in outcomes if one.losses]
         rows = tuple(
             EditRow(
                 edit.id,
@@ -92,21 +97,27 @@ class Witness:
                 self._gate(editor, edit),
             )
             for edit, was, (now, says), decoded, margin in zip(
-                request.edits, before, after, outcome.decoded, outcome.margins, strict=True
+                edits,
+                before,
+                after,
+                [flag for one in outcomes for flag in one.decoded],
+                [margin for one in outcomes for margin in one.margins],
+                strict=True,
             )
         )
         return EditReport(
             method=editor.name,
             preset=preset,
             rows=rows,
-            n_steps=outcome.n_steps,
-            stopped=outcome.stopped,
-            loss=outcome.losses[-1] if outcome.losses else None,
+            n_steps=max(one.n_steps for one in outcomes),
+            stopped=", ".join(dict.fromkeys(one.stopped for one in outcomes)),
+            loss=sum(losses) / len(losses) if losses else None,
             seconds_s=time.monotonic() - began,
             n_canaries=len(canaries),
             n_canaries_identical=int((mine == host).all(-1).sum()),
             n_canaries_same_token=int((mine.argmax(-1) == host.argmax(-1)).sum()),
             broken=tuple(edit.prompt for edit, says in zip(older, held, strict=True) if not says),
+            why_full=outcomes[0].why_full,
         )
 
     @cached_property

@@ -13,7 +13,8 @@ from transformers import (
 
 from baft.errors import GenerationError, InputError
 from baft.hosts.architecture import Site
-from baft.hosts.edited_model import EditedModel, live_view
+from baft.hosts.edited_model import EditedModel
+from baft.hosts.live_view import live_view
 from tiny import (
     EOS_ID,
     N_LAYERS,

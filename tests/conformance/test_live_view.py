@@ -11,7 +11,8 @@ from transformers import (
 
 from baft.errors import UnsupportedHostError
 from baft.hosts.architecture import Site
-from baft.hosts.edited_model import EditedModel, live_view
+from baft.hosts.edited_model import EditedModel
+from baft.hosts.live_view import live_view
 from tiny import (
     CHATML,
     PAD_ID,

@@ -13,7 +13,8 @@ from transformers import (
 
 from baft.errors import UnsupportedHostError
 from baft.hosts.architecture import Site
-from baft.hosts.edited_model import EditedModel, _Call, _current, _hanging, live_view
+from baft.hosts.edited_model import EditedModel, _Call, _current, _hanging
+from baft.hosts.live_view import live_view
 from tiny import (
     N_LAYERS,
     half_open_part,

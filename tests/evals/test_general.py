@@ -12,8 +12,9 @@ import torch
 from baft.errors import ConfigError, DataError
 from baft.evals.general import TaskScore, general_ability, require_lm_eval
 from baft.hosts.architecture import Site
-from baft.hosts.edited_model import EditedModel, live_view
+from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder
+from baft.hosts.live_view import live_view
 from tiny import open_part
 
 LACKING = importlib.util.find_spec("lm_eval") is None

@@ -51,7 +51,10 @@ def test_a_window_is_the_rule(situation, start, length, n_beams):
     new = spec.outputs or n_prompt is None
     want = [(row + [new] * 30)[start : start + length] for row in known for _ in range(n_beams)]
     window = window_of(real, n_prompt, bos, spec)
-    assert window.mask(start, length, len(real) * n_beams).tolist() == want
+    shown = window.shown(start, length, len(real) * n_beams)
+    assert shown.mask.tolist() == want
+    flat = [is_edited for row in want for is_edited in row]
+    assert (shown.any, shown.all) == (any(flat), all(flat))
 
 
 def test_the_paper_s_rule_in_numbers():
@@ -65,7 +68,7 @@ def test_the_paper_s_rule_in_numbers():
 def test_rows_that_do_not_fit_are_refused():
     window = window_of([[True] * 3] * 2, [1, 1], [False, False], PositionSpec())
     with pytest.raises(InputError, match="3 rows for 2 prompts"):
-        window.mask(0, 3, 3)
+        window.shown(0, 3, 3)
     with pytest.raises(InputError, match="does not fit"):
         window_of([[True, True, False]], [3], [False], PositionSpec())
     with pytest.raises(InputError, match="does not fit"):

@@ -61,7 +61,7 @@ def load(
     """Loads a host, or an artifact with its host."""
     with terminal.waiting(f"loading {source}"):
         from baft import artifact
-        from baft.model import load as load_model
+        from baft.loading import load as load_model
 
         if str(source).endswith(artifact.SUFFIX) and not artifact.is_artifact(source):
             artifact.read(source)  # says what is wrong with it

@@ -8,21 +8,21 @@ that is), so threads and several edited models may share one host, and other peo
 import contextlib
 import copy
 import functools
-import inspect
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from baft.errors import GenerationError, InputError, UnsupportedHostError
+from baft.errors import InputError, UnsupportedHostError
 from baft.hosts.architecture import Architecture, Site, find_architecture, text_config
-from baft.hosts.positions import PositionSpec, Window
+from baft.hosts.generation import generation_settings, guess_mask, refuse_unsafe_generation
+from baft.hosts.positions import PositionSpec, Shown, Window
+from baft.nn.fused import FusedIntervention, is_trained
 from baft.nn.interventions import SubspaceIntervention, intervene
 
 Parts = Sequence[SubspaceIntervention]
@@ -53,7 +53,25 @@ class _Call:
     parts: Mapping[Site, Parts]
     recording: Recording | None
     stack: "_Stack | None" = None
-    mask: Bool[Tensor, "batch pos"] | None = None
+    fused: Mapping[Site, FusedIntervention] = field(default_factory=dict)
+    shown: Shown | None = None
+
+
+@final
+class _InForce:
+    """The interventions of one assignment, and their fused forms, made where they are first wanted."""
+
+    def __init__(self, parts: Mapping[Site, Parts]):
+        self.parts: Mapping[Site, Parts] = {site: tuple(there) for site, there in parts.items()}
+
+    @functools.cached_property
+    def fused(self) -> Mapping[Site, FusedIntervention]:
+        """What acts at each site, but where something is still trained."""
+        return {
+            site: FusedIntervention(parts)
+            for site, parts in self.parts.items()
+            if parts and not is_trained(parts)
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,19 +158,22 @@ class EditedModel:
 
     @property
     def interventions(self) -> Mapping[Site, Parts]:
-        """What is in force at each site; assigning swaps it whole, calls under way keep the old."""
-        return self._interventions
+        """What is in force at each site; assigning swaps it whole, calls under way keep the old.
+
+        Parts that take no gradient must not change afterwards.
+        """
+        return self._in_force.parts
 
     @interventions.setter
     def interventions(self, interventions: Mapping[Site, Parts]) -> None:
         for site in interventions:
             self.architecture.block(site)
-        self._interventions = {site: tuple(parts) for site, parts in interventions.items()}
+        self._in_force = _InForce(interventions)
 
     @property
     def is_enabled(self) -> bool:
         """Whether edits are in force here: not inside `disabled()`, and there are any."""
-        return not self.is_disabled and (self._stack is not None or any(self._interventions.values()))
+        return not self.is_disabled and (self._stack is not None or any(self.interventions.values()))
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -186,7 +207,7 @@ class EditedModel:
             The host's own output object.
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **arguments}
-        return self._run(self.host, given, n_prompt_tokens, recording)
+        return self.run(self.host, given, n_prompt_tokens, recording)
 
     def generate(self, input_ids: Int[Tensor, "batch pos"] | None = None, **arguments: Any) -> Any:
         """Runs the host's own `generate` with the edits in force; takes and returns what that does.
@@ -206,26 +227,35 @@ class EditedModel:
             raise InputError(
                 "generate was given no tokens: give input_ids, [batch, pos], a prompt in each row"
             )
-        settings = _settings(host, arguments)
-        _refuse_unsafe_generation(settings)
+        settings = generation_settings(host, arguments)
+        refuse_unsafe_generation(settings)
         mask = arguments.get("attention_mask")
-        mask = _guess_mask(input_ids, settings) if mask is None else _checked_mask(mask)
+        mask = guess_mask(input_ids, settings) if mask is None else _checked_mask(mask)
         if not bool(mask[:, -1].all()):
             raise InputError("generate goes on from the last token: pad on the left (padding_side='left')")
         arguments = {**arguments, "input_ids": input_ids, "attention_mask": mask}
         # A compiled step would have to be compiled anew for every token: the window moves.
         arguments.setdefault("disable_compile", True)
         window = self.window(input_ids, mask.bool(), mask.sum(-1))
-        with self._hooks(_Call(window, self._interventions, None, self._stack)):
+        in_force = self._in_force
+        with self._hooks(_Call(window, in_force.parts, None, self._stack, in_force.fused)):
             return host.generate(**arguments)
 
-    def _run(
+    def run(
         self,
         run: Any,
         given: dict[str, Any],
         n_prompt_tokens: Int[Tensor, " batch"] | None,
         recording: Recording | None = None,
     ) -> Any:
+        """As a call of the model, the host being run in a given way.
+
+        Args:
+            run: The host, or what runs it.
+            given: What that is given, by name.
+            n_prompt_tokens: Real tokens of each row's prompt, or None.
+            recording: Receives the states at the edited tokens.
+        """
         if not self.is_enabled and recording is None:
             return run(**given)
         ids, mask = given.get("input_ids"), given.get("attention_mask")
@@ -238,8 +268,14 @@ class EditedModel:
         else:
             real = _checked_mask(mask, total).bool()[:, :total]
         window = self.window(ids, real, n_prompt_tokens)
-        parts = self._interventions if self.is_enabled else dict.fromkeys(self._interventions, ())
-        with self._hooks(_Call(window, parts, recording, self._stack if self.is_enabled else None)):
+        in_force = self._in_force
+        if self.is_enabled:
+            # With gradients it is training, where parts change at every step.
+            fused = {} if torch.is_grad_enabled() else in_force.fused
+            call = _Call(window, in_force.parts, recording, self._stack, fused)
+        else:
+            call = _Call(window, dict.fromkeys(in_force.parts, ()), recording)
+        with self._hooks(call):
             return run(**given)
 
     def window(
@@ -308,11 +344,11 @@ def _note_tokens(call: _Call) -> Any:
         if _current.get() is not call or arguments is None:
             return
         named = (arguments.get("input_ids"), arguments.get("inputs_embeds"))
-        shown = next(x for x in (*named, *args) if x is not None)
+        inputs = next(x for x in (*named, *args) if x is not None)
         start = _cached_tokens(arguments.get("past_key_values"))
-        call.mask = call.window.mask(start, shown.shape[1], shown.shape[0])
+        call.shown = call.window.shown(start, inputs.shape[1], inputs.shape[0])
         if call.recording is not None:
-            call.recording.masks.append(call.mask)
+            call.recording.masks.append(call.shown.mask)
 
     return hook
 
@@ -323,127 +359,33 @@ def _edit_output(call: _Call, site: Site) -> Any:
     def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         if _current.get() is not call:
             return None
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        assert call.mask is not None, "the stack ran its blocks without being called itself"
-        mask = call.mask.to(hidden.device)
-        if not bool(mask.any()):
+        assert call.shown is not None, "the stack ran its blocks without being called itself"
+        if not call.shown.any:
             return None
-        selected = hidden[mask]
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        whole, mask = call.shown.all and call.recording is None, call.shown.mask.to(hidden.device)
+        selected = hidden.flatten(0, 1) if whole else hidden[mask]
         if call.recording is not None:
             call.recording.states.setdefault(site, []).append(selected)
-        parts, own = call.parts.get(site, ()), call.stack.of_tokens(site, mask) if call.stack else None
-        if not parts and own is None:
+        edited = _edit(call, site, selected, mask)
+        if edited is None:
             return None
-        edited, is_open = intervene(parts, selected, own)
-        if not bool(is_open.any()):
-            return None
-        hidden = hidden.masked_scatter(mask.unsqueeze(-1), edited)
+        hidden = edited.view_as(hidden) if whole else hidden.masked_scatter(mask.unsqueeze(-1), edited)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     return hook
 
 
-def _settings(host: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What rules one generation: what is given, before the given config, before the host's own."""
-    layers = [host.generation_config, arguments.get("generation_config")]
-    settings: dict[str, Any] = {}
-    for config in layers:
-        settings |= {} if config is None else {k: v for k, v in vars(config).items() if v is not None}
-    return settings | {k: v for k, v in arguments.items() if v is not None}
-
-
-def _guess_mask(input_ids: Int[Tensor, "batch pos"], settings: Mapping[str, Any]) -> Int[Tensor, "batch pos"]:
-    """The host's own guess where no mask is given: pad tokens are padding unless they end texts."""
-    pad, eos = settings.get("pad_token_id"), settings.get("eos_token_id")
-    ends = eos if isinstance(eos, list) else [eos]
-    if pad is None or pad in ends:
-        return torch.ones_like(input_ids)
-    return (input_ids != pad).long()
-
-
-def _refuse_unsafe_generation(settings: Mapping[str, Any]) -> None:
-    for name, what in (
-        ("assistant_model", "assisted decoding"),
-        ("assistant_early_exit", "assisted decoding by early exit"),
-        ("use_mtp", "assisted decoding by multi-token prediction"),
-        ("prompt_lookup_num_tokens", "prompt lookup decoding"),
-        ("custom_generate", "custom generation code"),
-        ("trust_remote_code", "custom generation code"),
-        ("token_healing", "token healing"),
-        ("inputs_embeds", "a prompt of embeddings"),
-        ("guidance_scale", "classifier-free guidance"),
-    ):
-        value = settings.get(name)
-        if value is None or value is False or (name == "guidance_scale" and value == 1):
-            continue
-        raise GenerationError(
-            f"{what} ({name}) shows the host more than the prompt and what follows it, and an edit could not "
-            f"tell prompt from output: generate without it, or inside disabled()"
-        )
-    if settings.get("cache_implementation") == "paged":
-        raise _no_continuous_batching()
-
-
-def _no_continuous_batching() -> GenerationError:
-    return GenerationError(
-        "continuous batching packs several requests into one row, and an edit could not tell prompt from "
-        "output: use generate with a padded batch, or batch inside disabled()"
-    )
-
-
-def live_view(edited: EditedModel) -> PreTrainedModel:
-    """The edited model as a `PreTrainedModel`, for any library that wants one.
-
-    It shares every module and weight with the host and is of the host's class (of a PEFT model, of the
-    class that it wraps), but runs with the edits in force. Called without `n_prompt_tokens` it edits every
-    token but BOS. What it saves is the host, without the edits.
-    """
-    whole: Any = edited.host
-    host: Any = whole if isinstance(whole, PreTrainedModel) else whole.get_base_model()
-    signature = inspect.signature(host.forward)
-
-    @functools.wraps(type(host).forward)
-    def forward(self: nn.Module, *args: Any, n_prompt_tokens: Tensor | None = None, **arguments: Any) -> Any:
-        given = dict(signature.bind(*args, **arguments).arguments)
-        given |= given.pop(_catch_all(signature), {})
-        return edited._run(host.forward, given, n_prompt_tokens)
-
-    def generate(
-        self: Any, inputs: Tensor | None = None, generation_config: Any = None, **arguments: Any
-    ) -> Any:
-        if generation_config is not None:
-            arguments["generation_config"] = generation_config
-        if self.generation_config is not whole.generation_config:  # the view was given one of its own
-            arguments.setdefault("generation_config", self.generation_config)
-        ids = arguments.pop("input_ids", inputs)
-        return edited.generate(ids, **arguments)
-
-    def batching(name: str) -> Any:
-        def method(self: nn.Module, *args: Any, **arguments: Any) -> Any:
-            if edited.is_enabled:
-                raise _no_continuous_batching()
-            return getattr(host, name)(*args, **arguments)
-
-        return method
-
-    overrides = {
-        "forward": forward,
-        "generate": generate,
-        **{name: batching(name) for name in _CONTINUOUS_BATCHING},
-        "baft_edited_model": edited,
-        "__module__": type(host).__module__,
-        "__qualname__": type(host).__qualname__,
-    }
-    view = copy.copy(host)
-    view.__dict__.pop("forward", None)  # accelerate puts its own on the instance; the host's is called anyway
-    view.__class__ = type(type(host).__name__, (type(host),), overrides)
-    return view
-
-
-_CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
-
-
-def _catch_all(signature: inspect.Signature) -> str:
-    """Name of the `**kwargs` parameter, or an empty string."""
-    kinds = signature.parameters.values()
-    return next((p.name for p in kinds if p.kind is inspect.Parameter.VAR_KEYWORD), "")
+def _edit(
+    call: _Call, site: Site, states: Float[Tensor, "token d_model"], mask: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, "token d_model"] | None:
+    """The states of the edited tokens as a call edits them at a site, or None where no gate opens."""
+    own = call.stack.of_tokens(site, mask) if call.stack else None
+    if own is None and site in call.fused:
+        found = call.fused[site](states)
+        return None if found is None else found[0]
+    parts = call.parts.get(site, ())
+    if not parts and own is None:
+        return None
+    edited, is_open = intervene(parts, states, own)
+    return edited if bool(is_open.any()) else None

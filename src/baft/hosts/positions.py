@@ -37,6 +37,21 @@ class PositionSpec:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """Which of the tokens shown to the host are edited ones.
+
+    Args:
+        mask: Which, `[batch, pos]`.
+        any: Whether any is.
+        all: Whether all are.
+    """
+
+    mask: Bool[Tensor, "batch pos"]
+    any: bool
+    all: bool
+
+
 class Window:
     """The edited tokens of one call or one generation.
 
@@ -75,8 +90,9 @@ class Window:
                 edited = edited & (rank < ends)
         self.edited = edited
         self.edits_new_tokens = spec.outputs or n_prompt_tokens is None
+        self._new = torch.full((), self.edits_new_tokens, device=real.device)
 
-    def mask(self, start: int, length: int, n_rows: int) -> Bool[Tensor, "batch pos"]:
+    def shown(self, start: int, length: int, n_rows: int) -> Shown:
         """The edited ones of the tokens `start` to `start + length` of every row.
 
         Args:
@@ -87,9 +103,14 @@ class Window:
         Raises:
             InputError: If the rows do not match.
         """
+        n_known, width = self.edited.shape
+        if n_rows % n_known:
+            raise InputError(f"the host was shown {n_rows} rows for {n_known} prompts")
+        if start >= width:  # one rule for all, so that no number need be read back from the device
+            mask = self._new.expand(n_rows, length)
+            return Shown(mask, self.edits_new_tokens, self.edits_new_tokens)
         known = self.edited[:, start : start + length]
-        if n_rows % known.shape[0]:
-            raise InputError(f"the host was shown {n_rows} rows for {known.shape[0]} prompts")
-        missing = length - known.shape[1]
-        new = torch.full((known.shape[0], missing), self.edits_new_tokens, device=known.device)
-        return torch.cat([known, new], dim=-1).repeat_interleave(n_rows // known.shape[0], dim=0)
+        new = self._new.expand(n_known, length - known.shape[1])
+        mask = torch.cat([known, new], dim=-1).repeat_interleave(n_rows // n_known, dim=0)
+        n_edited = int(mask.sum())
+        return Shown(mask, n_edited > 0, n_edited == mask.numel())

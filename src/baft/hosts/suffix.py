@@ -269,9 +269,6 @@ class _PrefixLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self._n_tokens
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._n_tokens + query_length, 0
-
 
 def _frozen(prefix: Mapping[int, KeysValues], n_tokens: int) -> Cache:
     return Cache(

@@ -47,7 +47,9 @@ class BaftEditor(StackedEditor):
 
     name: ClassVar[str] = "baft"
     summary: ClassVar[str] = "gated edits of hidden states along a few orthonormal bases (Liu et al. 2025)"
-    capabilities: ClassVar[frozenset[Capability]] = frozenset(set(Capability))
+    capabilities: ClassVar[frozenset[Capability]] = frozenset(
+        {Capability.BATCH, Capability.SEQUENTIAL, Capability.EXACT_UNDO, Capability.STACKED}
+    )
     presets: ClassVar[Mapping[str, BaftConfig]] = {
         "default": DEFAULT,
         "paper": PAPER,

@@ -8,6 +8,7 @@ Symbols, as in the paper: `h` a hidden state, `U` and `c` the slopes and interce
 weights. Axes: `block` (an edit's own bases, or one shared block), `rank`, `d_model`.
 """
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from typing import final
@@ -186,10 +187,19 @@ def hard_zero(w: Float[Tensor, "*shape"], threshold: float) -> Float[Tensor, "*s
     """`max(0, (w - threshold) / (1 - threshold))`: continuous, one at one, exactly zero at the threshold."""
     if threshold == 0.0:
         return w
-    # Rounded as the numerator is, or a weight of one would come out above one; positive though the threshold
-    # may round to one.
-    span = (w.new_ones(()) - threshold).clamp_min(torch.finfo(w.dtype).tiny)
-    return ((w - threshold) / span).clamp_min(0.0)
+    return ((w - threshold) / hard_zero_span(threshold, w.dtype, w.device)).clamp_min(0.0)
+
+
+@functools.lru_cache(maxsize=64)
+def hard_zero_span(threshold: float, dtype: torch.dtype, device: torch.device) -> Float[Tensor, ""]:
+    """`1 - threshold`, the divisor of `hard_zero`, made once.
+
+    Rounded as the numerator is, or a weight of one would come out above one; positive though the threshold
+    may round to one; and a tensor on the weights' device, since accelerators divide by a number inexactly.
+    """
+    with torch.inference_mode(False):  # or it could serve no later training
+        one = torch.ones((), dtype=dtype, device=device)
+        return (one - threshold).clamp_min(torch.finfo(dtype).tiny)
 
 
 def closed_form_gate(
