@@ -523,3 +523,121 @@ def test_impossible_ranks_are_refused(rank: int) -> None:
         SubspaceIntervention.identity(1, rank, D, OpenGate(1, max(rank, 1)), generator=generator)
     with pytest.raises(ConfigError, match=f"rank {rank} is impossible"):
         random_orthonormal(1, rank, D, generator=generator, dtype=torch.float64)
+
+
+# --- a block for every state ---
+
+
+def dealt(seed: int, n_blocks: int, n: int) -> Tensor:
+    """Blocks in any order; where there are several, the first changes no state at all."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(min(1, n_blocks - 1), n_blocks, (n,), generator=generator)
+
+
+@quick
+@given(draws.seeds, draws.shapes, st.sampled_from(KINDS), st.integers(1, 9))
+def test_delta_each_equals_the_loop_over_the_block_s_own_bases(
+    seed: int, shape: tuple[int, int], kind: int, n: int
+) -> None:
+    gate = draws.gates(seed, *shape)[kind]
+    part = draws.intervention(seed, *shape, gate)
+    h, blocks = states_of(seed, n), dealt(seed, shape[0], n)
+    fast, w = part.delta_each(h, blocks)
+    every = gate.weights(h)
+    R, A, b = part.R.tolist(), part.A.tolist(), part.b.tolist()
+
+    def slow(blocks: Tensor) -> Tensor:
+        found = [
+            loops.delta(x, [R[i]], [A[i]], [b[i]], [w_x[i]])
+            for x, i, w_x in zip(h.tolist(), blocks.tolist(), every.tolist(), strict=True)
+        ]
+        return torch.tensor(found, dtype=torch.float64)
+
+    torch.testing.assert_close(fast, slow(blocks), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(w, every[torch.arange(n), blocks], rtol=1e-12, atol=1e-14)
+    soft = gate.soft(h)[torch.arange(n), blocks]
+    torch.testing.assert_close(part.soft_each(h, blocks), soft, rtol=1e-12, atol=1e-14)
+    if shape[0] > 1 and kind == 0:  # control: another block's bases make another change
+        assert not torch.allclose(fast, slow((blocks + 1) % shape[0]), rtol=0, atol=1e-6)
+
+
+@quick
+@given(draws.seeds, draws.shapes, st.sampled_from(KINDS))
+def test_gradients_of_blocks_apart_are_those_of_each_alone(
+    seed: int, shape: tuple[int, int], kind: int
+) -> None:
+    gate = draws.gates(seed, *shape)[kind]
+    part = draws.intervention(seed, *shape, gate)
+    h, blocks = states_of(seed, 8), dealt(seed, shape[0], 8)
+    push = draws.normal(seed + 7, 8, D)
+    names = [name for name, _ in part.named_parameters()]
+    together = torch.autograd.grad((part.delta_each(h, blocks)[0] * push).sum(), list(part.parameters()))
+    for i in range(shape[0]):
+        alone, mine = part.select(torch.tensor([i])), blocks == i
+        assert [name for name, _ in alone.named_parameters()] == names
+        each = torch.autograd.grad((alone.delta(h[mine])[0] * push[mine]).sum(), list(alone.parameters()))
+        for all_of_them, one in zip(together, each, strict=True):
+            torch.testing.assert_close(all_of_them[i : i + 1], one, rtol=1e-12, atol=1e-12)
+            assert mine.any() or not one.any()
+
+
+@quick
+@given(draws.seeds, draws.shapes, st.sampled_from(KINDS))
+def test_selected_blocks_are_the_same_function_in_memory_of_their_own(
+    seed: int, shape: tuple[int, int], kind: int
+) -> None:
+    gate = draws.gates(seed, *shape)[kind]
+    part = draws.intervention(seed, *shape, gate)
+    order = torch.arange(shape[0] - 1, -1, -1).repeat(2)
+    kept, h = part.select(order), states_of(seed)
+    assert torch.equal(kept.R, part.R[order])
+    torch.testing.assert_close(kept.gate.soft(h), gate.soft(h)[:, order], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(kept.gate.weights(h), gate.weights(h)[:, order], rtol=1e-12, atol=1e-14)
+    assert kept.R.requires_grad == kept.A.requires_grad == part.R.requires_grad
+    assert not part.select(order).requires_grad_(False).select(order).R.requires_grad
+    mine = {one.data_ptr() for one in [*part.parameters(), *part.buffers()]}
+    of_blocks = [kept.R, kept.A, kept.b, *kept.gate.parameters()]
+    of_blocks += [kept.gate.U, kept.gate.c] if isinstance(kept.gate, LogisticGate) else []
+    assert not mine & {one.data_ptr() for one in of_blocks}
+    before = part.delta(h)[0]
+    with torch.no_grad():
+        for one in of_blocks:
+            one.add_(1.0)
+    assert torch.equal(part.delta(h)[0], before)
+    changed = kept.delta(h)[0]  # control
+    assert not torch.allclose(changed, part.select(order).delta(h)[0], rtol=0, atol=1e-9)
+
+
+@quick
+@given(draws.seeds, st.sampled_from(KINDS))
+def test_one_block_for_each_state_acts_beside_what_acts_on_all(seed: int, kind: int) -> None:
+    own = draws.intervention(seed, 3, 2, draws.gates(seed, 3, 2)[kind])
+    beside = draws.intervention(seed + 20, 2, 2, draws.logistic_gate(seed + 20, 2, 2, threshold=0.5))
+    h = states_of(seed, 6)
+    blocks = torch.tensor([2, 0, 2, 2, 0, 0])
+    got, is_open = intervene([beside], h, (own, blocks))
+    for i in range(6):
+        alone = own.select(blocks[i : i + 1])
+        want, was_open = intervene([beside, alone], h[i : i + 1])
+        torch.testing.assert_close(got[i : i + 1], want, rtol=1e-12, atol=1e-12)
+        assert bool(is_open[i]) == bool(was_open)
+        if not is_open[i]:
+            assert torch.equal(got[i], h[i])
+    without, _ = intervene([beside], h)
+    if kind == 0:
+        assert not torch.allclose(got, without, rtol=0, atol=1e-6)  # control
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_states_at_which_their_own_block_is_shut_come_back_bit_for_bit(dtype: torch.dtype) -> None:
+    c = torch.tensor([[-30.0], [30.0]])
+    gate = LogisticGate(torch.zeros(2, 1, D), c, threshold=0.5)
+    part = SubspaceIntervention.identity(2, 1, D, gate, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        part.b.fill_(5.0)
+    h = draws.normal(3, 4, D).to(dtype)
+    got, is_open = intervene([], h, (part, torch.tensor([0, 1, 0, 1])))
+    assert got.dtype == dtype
+    assert is_open.tolist() == [False, True, False, True]
+    assert torch.equal(bits(got[::2]), bits(h[::2]))
+    assert (bits(got[1::2]) != bits(h[1::2])).any(-1).all()  # control

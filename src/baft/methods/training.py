@@ -127,6 +127,7 @@ def train(
         stopped = _stopped(config, step, cross_entropy.item(), margins.min().item())
         if stopped is not None:
             return TrainingResult(tuple(margins.tolist()), tuple(losses), step, stopped)
+        _check_trainable(loss)
         optimizer.step(optimizer.gradients(loss), step)
         if on_step is not None:
             on_step(step + 1, config.max_steps, losses[-1])
@@ -161,7 +162,7 @@ def train_apart(
         What became of each block, an error where its training broke down; and all blocks, trained.
     """
     left = _Left(run, trained, torch.arange(int(blocks.max()) + 1, device=blocks.device), blocks)
-    optimizer = _Optimizer(trained, config)
+    optimizer = _Optimizer(trained, config, apart=True)
     losses: dict[int, list[float]] = {int(name): [] for name in left.names}
     results: dict[int, TrainingResult | EditError] = {}
     kept: dict[int, Layers] = {}
@@ -185,11 +186,17 @@ def train_apart(
                 results[name] = TrainingResult(tuple(mine.tolist()), tuple(losses[name]), step, stopped)
             if name in results:
                 done.append(i)
-                kept[name] = {site: part.select(_index(i, part)) for site, part in left.trained.items()}
+        gradients = optimizer.gradients(loss[left.all_but(done)].sum()) if len(done) < len(left.names) else []
+        for i in _unreached(gradients, loss):
+            if i not in done:
+                results[int(left.names[i])] = EditError(_SHUT)
+                done.append(i)
+        for i in done:
+            layers = {site: part.select(_index(i, part)) for site, part in left.trained.items()}
+            kept[int(left.names[i])] = layers
         if len(done) == len(left.names):
             break
-        staying = torch.tensor([i for i in range(len(left.names)) if i not in done], device=blocks.device)
-        gradients = optimizer.gradients(loss[staying].sum())
+        staying = left.all_but(done)
         if done:
             left = left.only(staying)
             gradients = [gradient[staying.to(gradient.device)] for gradient in gradients]
@@ -244,6 +251,7 @@ def train_in_batches(
                 raise _broke_down(config, epoch, loss.item())
             margin = _row_margins(predictions.logits.detach(), part_of_run).min().item()
             met = met and _stopped(config, 0, of_rows.mean().item(), margin) is not None
+            _check_trainable(loss)
             optimizer.step(optimizer.gradients(loss), epoch)
             total, n_steps = total + loss.item() * len(chunk) / n_edits, n_steps + 1
         losses.append(total)
@@ -293,6 +301,11 @@ class _Left:
         sums = of_rows.new_zeros(len(self.names)).index_add(0, self.blocks.to(of_rows.device), of_rows)
         return sums / self.blocks.bincount(minlength=len(self.names)).to(of_rows.device)
 
+    def all_but(self, done: Sequence[int]) -> Int[Tensor, " kept"]:
+        """The places of those that go on."""
+        staying = [i for i in range(len(self.names)) if i not in done]
+        return torch.tensor(staying, dtype=torch.long, device=self.names.device)
+
     def only(self, staying: Int[Tensor, " kept"]) -> "_Left":
         """Those that go on."""
         rows = torch.isin(self.blocks, staying).nonzero()[:, 0]
@@ -317,6 +330,25 @@ def _penalized(
     if extra is None:
         return cross_entropy
     return cross_entropy + (extra.sum() if blocks is None else extra).to(cross_entropy)
+
+
+_SHUT = (
+    "no gate opens at the edit, so there is nothing to train: lower gate_threshold, gate_midpoint or "
+    "gate_clearance, or raise gate_sharpness"
+)
+
+
+def _check_trainable(loss: Float[Tensor, ""]) -> None:
+    if not loss.requires_grad:
+        raise EditError(_SHUT)
+
+
+def _unreached(gradients: Sequence[Tensor], loss: Float[Tensor, " block"]) -> list[int]:
+    """The blocks that could fall in loss, and on which nothing of it depends."""
+    if not gradients:
+        return []
+    moved = torch.stack([one.flatten(1).ne(0).any(-1).to(loss.device) for one in gradients]).any(0)
+    return (~moved & (loss > 0)).nonzero()[:, 0].tolist()
 
 
 def _broke_down(config: TrainingConfig, step: int, loss: float) -> EditError:
@@ -347,10 +379,12 @@ class _Optimizer:
     Args:
         trained: What is trained, one part a site.
         config: How.
+        apart: Whether a block whose bases become dependent breaks down by itself.
     """
 
     trained: Layers
     config: TrainingConfig
+    apart: bool = False
     adam: torch.optim.Adam = field(init=False)
 
     def __post_init__(self) -> None:
@@ -366,15 +400,9 @@ class _Optimizer:
         """Of every parameter; zero of a basis behind a shut gate.
 
         Only what is trained gets one, whether or not the host's weights ask for it.
-
-        Raises:
-            EditError: If nothing acts on the loss.
         """
         if not loss.requires_grad:
-            raise EditError(
-                "no gate opens at the edit, so there is nothing to train: lower gate_threshold, "
-                "gate_midpoint or gate_clearance, or raise gate_sharpness"
-            )
+            return [torch.zeros_like(parameter) for parameter in self.parameters]
         found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         return [
             torch.zeros_like(parameter) if gradient is None else gradient
@@ -399,7 +427,7 @@ class _Optimizer:
         self.adam.step()
         try:
             for part in self.trained.values():
-                part.R.copy_(retract(part.R))
+                part.R.copy_(_each_by_itself(part.R) if self.apart else retract(part.R))
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # the rows of R are dependent
             raise EditError(
                 f"training broke down at step {step}: the bases became dependent; lower learning_rate (it is "
@@ -408,10 +436,20 @@ class _Optimizer:
 
     def only(self, trained: Layers, staying: Int[Tensor, " kept"]) -> "_Optimizer":
         """The same for some of the blocks, with what it remembers of them."""
-        found = _Optimizer(trained, self.config)
+        found = _Optimizer(trained, self.config, self.apart)
         for old, new in zip(self.parameters, found.parameters, strict=True):
             found.adam.state[new] = {
                 name: value[staying.to(value.device)] if value.shape == old.shape else value.clone()
                 for name, value in self.adam.state[old].items()
             }
         return found
+
+
+def _each_by_itself(R: Float[Tensor, "block rank d_model"]) -> Float[Tensor, "block rank d_model"]:
+    """The bases made orthonormal again; no numbers where they cannot be, so that the next loss says so."""
+    try:
+        return retract(R)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        if len(R) == 1:
+            return torch.full_like(R, math.nan)
+        return torch.cat([_each_by_itself(one) for one in R.split(1)])
