@@ -120,6 +120,7 @@ def _block(plan, name, method, kind, size, seed, chunk, cases):
                     "n_steps": 0 if failed[case] else luck.randrange(20, 41),
                     "seconds_s": method.seconds_s * luck.uniform(0.8, 1.4),
                     "probes": _probes(method, case, kept, n_there, luck),
+                    **({"stack": len(cases)} if kind == "single" else {}),
                 }
             )
     if plan.texts:

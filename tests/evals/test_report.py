@@ -621,3 +621,38 @@ def test_a_real_run_is_reported_and_the_synthetic_record_has_its_fields(host, tm
     assert last.keys() == made["sequential", "final"]["false_fires"].keys()
     first, second = (read_manifest(tmp_path / name) for name in ("run", "made"))
     assert first.keys() == second.keys()
+
+
+def rewritten(folder, change):
+    """The record with every row changed."""
+    rows = [change(row) for row in read_rows(folder)]
+    (folder / ROWS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_what_single_edits_do_to_text_is_told_by_edit_however_many_share_a_stack(tmp_path):
+    plan = Plan(n_cases=12, protocols=(("single", 1),), texts=2)
+    apart = page_of(write_record(tmp_path / "apart", plan), tmp_path / "1")[0]
+    stacked = rewritten(write_record(tmp_path / "stacked", plan), lambda row: {**row, "chunk": 0})
+    assert page_of(stacked, tmp_path / "2")[0] == apart.replace("apart", "stacked")
+    one_edit = rewritten(write_record(tmp_path / "one", plan), lambda row: {**row, "case": row["case"][:5]})
+    with pytest.raises(DataError, match="twice"):  # control: the case is what tells edits apart
+        collect([one_edit])
+
+
+def test_the_host_may_differ_where_it_was_asked_otherwise(tmp_path):
+    """An edit that cannot join a stack is asked alone, where floating point rounds otherwise."""
+
+    def moved(row, stack):
+        if row["method"] == "reft":
+            row = json.loads(json.dumps(row))
+            row["stack"] = stack
+            row["probes"][0]["unedited"] = {name: 0.5 for name in row["probes"][0]["unedited"]}
+        return row
+
+    plan = Plan(n_cases=3, protocols=(("single", 1),))
+    alone = rewritten(write_record(tmp_path / "alone", plan), lambda row: moved(row, 25))
+    assert collect([alone]).values
+    same = rewritten(write_record(tmp_path / "same", plan), lambda row: moved(row, 1))
+    with pytest.raises(DataError, match="scores differently"):  # control
+        collect([same])

@@ -56,8 +56,8 @@ def bench(
 ) -> None:
     """Run an experiment and report it.
 
-    Every case is a row in RUN/rows.jsonl as soon as it is scored; the same command goes on with a run that
-    was cut off. The report is written to RUN/report.md and RUN/report.html.
+    Every case is a row in RUN/rows.jsonl as soon as its batch is scored; the same command goes on with a run
+    that was cut off. The report is written to RUN/report.md and RUN/report.html.
     """
     for given, option in ((ray_address, "--ray-address"), (workers, "--workers")):
         if given is not None and not ray:

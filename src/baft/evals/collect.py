@@ -305,20 +305,23 @@ def _sentiment(probes: Sequence[Row], now: int) -> float | None:
 class _Unedited:
     """The host without edits, seen beside every method: once for all.
 
-    Beside all methods of one task and stage it was asked in the same batches, and must have scored the same.
+    Beside all methods of one task and stage it was asked in the same batches, and must have scored the same;
+    but for single edits that could not be made in a stack, whose probes were asked case by case.
     In another order of cases, or another run, batches and so rounding may be others; the first are taken.
     """
 
     def __init__(self, results: Results):
         self._results = results
-        self._seen: dict[tuple[int, str, str, str], Row] = {}
+        self._seen: dict[tuple[int, str, str, str, int], Row] = {}
         self._fullest: dict[tuple[Group, str], list[Row]] = {}
         self._fluency: dict[tuple[Group, str], Row] = {}
 
     def add(self, run: int, row: Row) -> None:
         """Adds what the host said about a case, or compares it with what is there."""
         probes = row["probes"]
-        earlier = self._seen.setdefault((run, row["task"], row["stage"], row["case"]), row)
+        earlier = self._seen.setdefault(
+            (run, row["task"], row["stage"], row["case"], row.get("stack", 1)), row
+        )
         alike = len(earlier["probes"]) == len(probes) and all(map(_same, earlier["probes"], probes))
         if not alike:
             raise DataError(

@@ -169,6 +169,7 @@ class Bench:
             made.append(_Made((case.edit.id,), outcome, None, outcome.seconds_s))
         rows = self._scored(_Models(apart.by_row, apart.explain), cases, made)
         for i, row in enumerate(rows):
+            row["stack"] = len(cases)
             if self.experiment.texts or "fluency" in self.experiment.scorers:
                 self._look_beyond([row], apart.alone(i), cases[i : i + 1])
         return rows

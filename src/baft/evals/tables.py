@@ -292,7 +292,8 @@ def edits_table(results: Results, arena: Arena) -> Table:
     )
     note = (
         "A failed edit changed nothing and is scored like any other, on the model as it stood. A skipped "
-        "probe has no scores. An edit that was made with several seeds counts once for each."
+        "probe has no scores. An edit that was made with several seeds counts once for each. Single edits "
+        "that were made in one batch have a share each of the seconds that it took."
     )
     return Table(header, rows, note=note)
 
@@ -378,4 +379,4 @@ def _perplexity(rows: Sequence[Row]) -> list[Cell]:
 
 def _chunk(row: Row) -> str:
     """The name of a row's chunk; a single edit is one for all seeds."""
-    return str(row["chunk"]) if row["protocol"] == "single" else f"{row['seed']}:{row['chunk']}"
+    return str(row["case"]) if row["protocol"] == "single" else f"{row['seed']}:{row['chunk']}"

@@ -92,6 +92,10 @@ class _Stack:
         """What acts on the edited tokens of a site, and which of its blocks on each."""
         if site not in self.layers:
             return None
+        if mask.shape[0] % len(self.blocks):
+            raise InputError(
+                f"the host was shown {mask.shape[0]} rows for {len(self.blocks)} edits: give one row for each"
+            )
         blocks = self.blocks.to(mask.device).repeat_interleave(mask.shape[0] // len(self.blocks))
         return self.layers[site], blocks[mask.nonzero()[:, 0]]
 
@@ -99,7 +103,7 @@ class _Stack:
 _current: ContextVar[_Call | None] = ContextVar("baft_call", default=None)
 _disabled: ContextVar[tuple["EditedModel", ...]] = ContextVar("baft_disabled", default=())
 # Torch numbers its hooks without a lock: two threads could get one number, and one hook replace the other.
-_hanging = threading.Lock()
+hanging = threading.Lock()
 
 
 class EditedModel:
@@ -307,7 +311,7 @@ class EditedModel:
         token = _current.set(call)
         try:
             stack = self.architecture.stack
-            with _hanging:
+            with hanging:
                 note = _note_tokens(call)
                 handles.append(stack.register_forward_pre_hook(note, with_kwargs=True, prepend=True))
                 for site in dict.fromkeys([*call.parts, *(call.stack.layers if call.stack else ())]):

@@ -83,6 +83,8 @@ class _Rerouted(TorchFunctionMode):
 
 
 def _fits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    if weight.ndim != 2 or torch.is_autocast_enabled("cpu"):
+        return False
     return all(
         type(one) in _PLAIN and one.dtype is torch.float32 and one.device.type == "cpu"
         for one in (input, weight, *([] if bias is None else [bias]))

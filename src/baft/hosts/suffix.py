@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from baft.errors import UnsupportedHostError
 from baft.hosts.architecture import Architecture, Site, find_architecture, input_device
-from baft.hosts.edited_model import EditedModel, Parts, Recording
+from baft.hosts.edited_model import EditedModel, Parts, Recording, hanging
 from baft.hosts.encoding import EncodedEdit, Encoder
 from baft.hosts.kernels import fast_linears
 from baft.hosts.models import Host
@@ -241,9 +241,11 @@ def _outputs_of(
 
         return hook
 
-    token = _catching.set(caught)
-    handles = [architecture.block(site).register_forward_hook(catch(site)) for site in sites]
+    token, handles = _catching.set(caught), []
     try:
+        with hanging:
+            for site in sites:
+                handles.append(architecture.block(site).register_forward_hook(catch(site)))
         yield caught
     finally:
         for handle in handles:
@@ -362,7 +364,7 @@ def _shallow(module: nn.Module) -> nn.Module:
     found = copy.copy(module)
     found.__dict__.pop("forward", None)  # put there by accelerate, and bound to the original
     for name, value in module.__dict__.items():
-        if name == "_modules" or name.endswith("_hooks"):
+        if name == "_modules" or (isinstance(value, dict) and "_hooks" in name):
             found.__dict__[name] = copy.copy(value)
     return found
 

@@ -28,7 +28,9 @@ from baft.hosts.suffix import SuffixPass
 from baft.methods.baft_config import DEFAULT, PAPER, BaftConfig
 from baft.methods.base import Apart, Capability, EditOutcome, GateReading, OnStep, StackedEditor
 from baft.methods.bases import Bases, Frame, OwnBases, SharedBases
-from baft.methods.training import Layers, TrainingResult, train, train_apart, train_in_batches
+from baft.methods.optimizer import Layers
+from baft.methods.training import TrainingResult, train, train_apart, train_in_batches
+from baft.nn.interventions import concatenate
 from baft.nn.orthonormal import check_rank
 from baft.types import Edit, EditRequest
 
@@ -156,19 +158,28 @@ class BaftEditor(StackedEditor):
                 "prompts: split the requests"
             )
         edits = [request.edits[0] for request in requests]
-        texts = self._texts(edits)
-        run, why = self._run(texts)
+        self._texts(edits)  # what is wrong with any of them is known before one is trained
         negatives = self._negatives(requests[0].unrelated)
-        trained = self._bases.start(edits, run, texts, negatives, apart=True)
-        results, layers = train_apart(
-            run,
-            trained,
-            self._bases.beside(),
-            self.config,
-            self._numbers(len(edits), len(texts) // len(edits)),
-            penalty=self._bases.penalty(negatives, len(self.requests) + 1),
-            on_step=on_step,
-        )
+        penalty = self._bases.penalty(negatives, len(self.requests) + 1)
+        results: list[TrainingResult | EditError] = []
+        stacks: list[Layers] = []
+        for start in range(0, len(edits), self.config.edits_at_once):
+            some = edits[start : start + self.config.edits_at_once]
+            texts = self._texts(some)
+            run, why = self._run(texts)
+            trained = self._bases.start(some, run, texts, negatives, apart=True)
+            found, trained_apart = train_apart(
+                run,
+                trained,
+                self._bases.beside(),
+                self.config,
+                self._numbers(len(some), len(texts) // len(some)),
+                penalty=penalty,
+                on_step=on_step,
+            )
+            results += found
+            stacks.append(trained_apart)
+        layers = {site: concatenate([stack[site] for stack in stacks]) for site in self.sites}
         share = (time.monotonic() - began) / len(edits)
         outcomes = tuple(
             result

@@ -39,7 +39,7 @@ class Gate(nn.Module, ABC):
 
     @abstractmethod
     def select(self, blocks: Int[Tensor, " kept"]) -> "Gate":
-        """The gate of some of the blocks, in memory of its own."""
+        """The gate of some of the blocks; what is trained or saved of it in memory of its own."""
 
     def weights(self, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch block rank"]:
         """The weights that act."""
