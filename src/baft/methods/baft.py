@@ -28,7 +28,8 @@ from baft.hosts.suffix import SuffixPass
 from baft.methods.baft_config import DEFAULT, PAPER, BaftConfig
 from baft.methods.base import Apart, Capability, EditOutcome, GateReading, OnStep, StackedEditor
 from baft.methods.bases import Bases, Frame, OwnBases, SharedBases
-from baft.methods.training import Layers, TrainingResult, train, train_apart, train_in_batches
+from baft.methods.optimizer import Layers
+from baft.methods.training import TrainingResult, train, train_apart, train_in_batches
 from baft.nn.orthonormal import check_rank
 from baft.types import Edit, EditRequest
 

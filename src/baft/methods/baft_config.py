@@ -6,7 +6,7 @@ from typing import Literal
 
 from baft.errors import ConfigError
 from baft.hosts.positions import PositionSpec
-from baft.methods.training import TrainingConfig
+from baft.methods.optimizer import TrainingConfig
 from baft.nn.losses import BalanceForm
 
 

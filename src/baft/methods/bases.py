@@ -22,7 +22,8 @@ from baft.hosts.models import Host
 from baft.hosts.passes import Pass, Predictions, TargetPass
 from baft.methods.baft_config import BaftConfig
 from baft.methods.closed_form import ClosedFormGates, edit_keys
-from baft.methods.training import Layers, Penalty
+from baft.methods.optimizer import Layers
+from baft.methods.training import Penalty
 from baft.nn.gates import ConditionedGate, Gate, LogisticGate, OpenGate
 from baft.nn.interventions import SubspaceIntervention, concatenate
 from baft.nn.losses import accumulate_load, load_balance, locality
