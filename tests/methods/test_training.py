@@ -11,7 +11,8 @@ from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder
 from baft.hosts.passes import FullPass, Predictions, TargetPass
 from baft.hosts.positions import PositionSpec
-from baft.methods.training import TrainingConfig, train
+from baft.methods.optimizer import TrainingConfig
+from baft.methods.training import train
 from baft.nn.gates import ConditionedGate, Gate, LogisticGate, OpenGate
 from baft.nn.interventions import SubspaceIntervention, intervene
 from baft.nn.losses import target_cross_entropy

@@ -8,7 +8,8 @@ import torch
 from baft.errors import EditError
 from baft.hosts.architecture import Site
 from baft.hosts.passes import Predictions, TargetPass, Targets
-from baft.methods.training import TrainingConfig, TrainingResult, train, train_apart, train_in_batches
+from baft.methods.optimizer import TrainingConfig
+from baft.methods.training import TrainingResult, train, train_apart, train_in_batches
 from baft.nn.gates import ConditionedGate, LogisticGate, OpenGate
 from baft.nn.interventions import SubspaceIntervention, concatenate, intervene
 from baft.nn.losses import locality

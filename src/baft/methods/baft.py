@@ -109,6 +109,7 @@ class BaftEditor(StackedEditor):
         outcomes, layers = self._train_apart(requests, on_step)
         others, positions = self._bases.beside(), self._edited.positions
         shown = EditedModel(self.host.model, others, positions)
+        earlier = self._bases.owners(self.requests) if others else []
 
         def alone(number: int) -> EditedModel:
             parts: dict[Site, Parts] = {
@@ -121,8 +122,7 @@ class BaftEditor(StackedEditor):
             return shown.apart(layers, torch.tensor(numbers, device=input_device(self.host.model)))
 
         def explain(number: int, ids: Sequence[int], n_prompt_tokens: int) -> tuple[GateReading, ...]:
-            own = self._bases.owners([requests[number]])
-            owners = [*self._bases.owners(self.requests), *own] if others else own
+            owners = [*earlier, *self._bases.owners([requests[number]])]
             return self._readings(alone(number), owners, ids, n_prompt_tokens)
 
         return Apart(outcomes, alone, by_row, explain)

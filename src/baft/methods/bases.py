@@ -357,7 +357,7 @@ class SharedBases(Bases):
                 if config.load_balance:
                     now = _mean_weights(part, site, predictions, blocks)
                     times = n_requests if config.balance_form == "running_times_t" else 1
-                    balance = load_balance(now, loads.get(site, torch.zeros_like(now)))
+                    balance = load_balance(now, loads.get(site, torch.zeros_like(now)).expand_as(now))
                     terms.append(config.load_balance * times * balance)
                 if config.locality and step >= config.locality_from_step and negatives is not None:
                     unrelated = negatives.states[site].to(part.R)
