@@ -86,6 +86,7 @@ def bench_of(host_folder):
                 model=str(model),
                 max_new_tokens=4,
                 scorers=("teacher_forced", "generate"),
+                stack=1,  # a block a case, so that there is something to share out
             )
         )
 
