@@ -141,11 +141,14 @@ def test_chat_questions_are_asked_in_chat_and_nothing_else_is(experiment, host, 
         assert sum("chat" in probe for probe in other["probes"]) == 6  # control
 
 
+_PASSING = {"seconds_s", "task", "chunk", "of", "position", "stack"}
+
+
 def close(one, other):
     """Rows that are equal but for how long they took, for the last digits of numbers, and for their task."""
     if isinstance(one, dict):
-        keys = one.keys() - {"seconds_s", "task", "chunk", "of", "position"}
-        assert keys == other.keys() - {"seconds_s", "task", "chunk", "of", "position"}
+        keys = one.keys() - _PASSING
+        assert keys == other.keys() - _PASSING
         return all(close(one[key], other[key]) for key in keys)
     if isinstance(one, list):
         return len(one) == len(other) and all(map(close, one, other))

@@ -146,7 +146,7 @@ def general(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure general ability before and after the edits, with lm-eval.
+    """Measure general ability with and without edits, by lm-eval.
 
     Needs `pip install 'baft[general]'`. Most tasks fetch their questions from the Hugging Face hub.
     """
