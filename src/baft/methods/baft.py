@@ -158,14 +158,15 @@ class BaftEditor(StackedEditor):
                 "prompts: split the requests"
             )
         edits = [request.edits[0] for request in requests]
-        self._texts(edits)  # what is wrong with any of them is known before one is trained
+        all_texts = self._texts(edits)  # what is wrong with any of them is known before one is trained
+        n_rows = len(all_texts) // len(edits)
         negatives = self._negatives(requests[0].unrelated)
         penalty = self._bases.penalty(negatives, len(self.requests) + 1)
         results: list[TrainingResult | EditError] = []
         stacks: list[Layers] = []
         for start in range(0, len(edits), self.config.edits_at_once):
             some = edits[start : start + self.config.edits_at_once]
-            texts = self._texts(some)
+            texts = all_texts[start * n_rows : (start + len(some)) * n_rows]
             run, why = self._run(texts)
             trained = self._bases.start(some, run, texts, negatives, apart=True)
             found, trained_apart = train_apart(
@@ -173,7 +174,7 @@ class BaftEditor(StackedEditor):
                 trained,
                 self._bases.beside(),
                 self.config,
-                self._numbers(len(some), len(texts) // len(some)),
+                self._numbers(len(some), n_rows),
                 penalty=penalty,
                 on_step=on_step,
             )
