@@ -13,7 +13,7 @@ from transformers import (
 
 from baft.errors import UnsupportedHostError
 from baft.hosts.architecture import Site
-from baft.hosts.edited_model import EditedModel, _Call, _current, _hanging
+from baft.hosts.edited_model import EditedModel, _Call, _current, hanging
 from baft.hosts.live_view import live_view
 from tiny import (
     N_LAYERS,
@@ -131,7 +131,7 @@ def test_hooks_are_hung_one_thread_at_a_time(edited):
         edited(random_ids(1, 4))
 
     thread = threading.Thread(target=run)
-    with _hanging:
+    with hanging:
         thread.start()
         started.wait()
         thread.join(0.2)
