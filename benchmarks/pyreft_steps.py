@@ -39,11 +39,10 @@ def ensure_environment() -> Path:
     folder = environment_folder()
     python, done = folder / "bin" / "python", folder / "complete"
     if done.is_file():
+        _show_this_project(folder)
         return python
     venv.EnvBuilder(clear=True).create(folder)
-    [own] = folder.glob("lib/python*/site-packages")
-    lines = [f"import site; site.addsitedir({path!r})" for path in site.getsitepackages()]
-    (own / "project.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _show_this_project(folder)
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps"]
     made = subprocess.run([*command, *REQUIREMENTS], capture_output=True, text=True, check=False)
     if made.returncode:
@@ -52,6 +51,13 @@ def ensure_environment() -> Path:
         )
     done.touch()
     return python
+
+
+def _show_this_project(folder: Path) -> None:
+    """Lets the environment see the packages of the checkout at work, which need not be the one that made it."""
+    [own] = folder.glob("lib/python*/site-packages")
+    lines = [f"import site; site.addsitedir({path!r})" for path in site.getsitepackages()]
+    (own / "project.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def remove_environment() -> None:
