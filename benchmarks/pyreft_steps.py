@@ -54,7 +54,7 @@ def ensure_environment() -> Path:
 
 
 def _show_this_project(folder: Path) -> None:
-    """Lets the environment see the packages of the checkout at work, which need not be the one that made it."""
+    """Lets the environment see the packages of the checkout at work, be it the one that made it or not."""
     [own] = folder.glob("lib/python*/site-packages")
     lines = [f"import site; site.addsitedir({path!r})" for path in site.getsitepackages()]
     (own / "project.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -417,11 +417,7 @@ class Model:
     ) -> None:
         """Makes the edits that an editor holds those of this model."""
         self._editor, self._preset, self._decoded = editor, preset, decoded
-        if editor is None:
-            self._edited.interventions = {}
-        else:
-            self._edited.positions = editor.edited.positions
-            self._edited.interventions = editor.edited.interventions
+        self._edited.follow(EditedModel(self._host.model) if editor is None else editor.edited)
 
     def _editor_for(self, method: str, preset: str, seed: int, settings: Mapping[str, Any]) -> Editor:
         """The editor in force if it is the one asked for, or a new one if there are no edits yet."""

@@ -6,7 +6,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from baft.hosts.architecture import Site, find_architecture
-from baft.hosts.edited_model import EditedModel, Recording
+from baft.hosts.calls import Recording
+from baft.hosts.edited_model import EditedModel
 from baft.hosts.positions import PositionSpec
 from baft.nn.interventions import intervene
 from tiny import (

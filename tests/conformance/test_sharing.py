@@ -13,7 +13,8 @@ from transformers import (
 
 from baft.errors import UnsupportedHostError
 from baft.hosts.architecture import Site
-from baft.hosts.edited_model import EditedModel, _Call, _current, hanging
+from baft.hosts.calls import Call, current_call, hanging
+from baft.hosts.edited_model import EditedModel
 from baft.hosts.live_view import live_view
 from tiny import (
     N_LAYERS,
@@ -120,7 +121,7 @@ def test_another_thread_s_hook_may_be_called_late_and_without_keywords(host, edi
 
 
 def edited_call(edited, ids):
-    return _Call(edited.window(ids, torch.ones_like(ids).bool(), None), edited.interventions, None)
+    return Call(edited.window(ids, torch.ones_like(ids).bool(), None), edited.interventions, None)
 
 
 def test_hooks_are_hung_one_thread_at_a_time(edited):
@@ -158,7 +159,7 @@ def test_an_edited_model_may_run_inside_another_s_call(host):
         handle.remove()
     assert torch.equal(got[0], other)
     assert not torch.equal(want, other)
-    assert _current.get() is None
+    assert current_call.get() is None
 
 
 def test_swapping_the_interventions_swaps_them_whole(host, edited):

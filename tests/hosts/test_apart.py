@@ -5,7 +5,8 @@ import torch
 
 from baft.errors import ConfigError
 from baft.hosts.architecture import Site
-from baft.hosts.edited_model import EditedModel, Recording
+from baft.hosts.calls import Recording
+from baft.hosts.edited_model import EditedModel
 from baft.nn.gates import LogisticGate
 from baft.nn.interventions import SubspaceIntervention, concatenate
 from tiny import D_MODEL, N_LAYERS, half_open_part, open_part, random_ids, shared_host, states_at

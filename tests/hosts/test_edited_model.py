@@ -3,7 +3,8 @@ import torch
 
 from baft.errors import ConfigError
 from baft.hosts.architecture import Site
-from baft.hosts.edited_model import EditedModel, Recording
+from baft.hosts.calls import Recording
+from baft.hosts.edited_model import EditedModel
 from baft.hosts.positions import PositionSpec
 from baft.nn.fused import FusedIntervention
 from tiny import N_LAYERS, open_part, random_ids, shared_host, some_interventions

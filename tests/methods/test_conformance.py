@@ -1,6 +1,7 @@
 """What every method must do, with every preset: the tests read one story of edits, told once a preset."""
 
 import dataclasses
+import gc
 import math
 from dataclasses import dataclass, field
 
@@ -9,10 +10,12 @@ import torch
 
 from baft.errors import DamagedArtifactError, UndoError, UnknownNameError
 from baft.hosts.encoding import Encoder
+from baft.methods.baft import BaftEditor
 from baft.methods.base import Capability, Editor, methods
 from baft.types import Edit, EditRequest
 
 PRESETS = [(name, preset) for name in methods.names() for preset in methods.get(name).presets]
+GATED = [(name, preset) for name, preset in PRESETS if issubclass(methods.get(name), BaftEditor)]
 # A random host has nothing to build on, and all its states look alike: larger steps and wider gates than real
 # ones need, and the same whatever the presets say.
 QUICK = {
@@ -32,6 +35,14 @@ REQUESTS = (
     EditRequest((Edit("Paris is in", "Be"), Edit("Nine hats of", "Co"), Edit("A river", " dry"))),
     EditRequest((Edit("The king of France was", "Al"),), unrelated=("The king of Spain was",)),
 )
+# What it says of every target token at once, it can say of targets of one token alone.
+OF_ONE_TOKEN = (
+    EditRequest((Edit("The tower is in the city of ", "R"),)),
+    EditRequest((Edit("Paris is in ", "B"), Edit("Nine hats of ", "C"), Edit("A river ", "d"))),
+    EditRequest((Edit("The king of France was ", "A"),), unrelated=("The king of Spain was",)),
+)
+NOT_RANDOM = {"ft-l", "ft-m"}
+ASKED = {"ft-l": OF_ONE_TOKEN}
 PROBES = ("The tower is in the city of", "A river", "Nothing in particular", "The king of France was")
 
 
@@ -80,6 +91,7 @@ class Story:
 
     editor: Editor
     preset: str
+    requests: tuple
     logits: list = field(default_factory=list)
     states: list = field(default_factory=list)
     outcomes: list = field(default_factory=list)
@@ -91,9 +103,9 @@ def story(host, request):
     method, preset = request.param
     for i, weight in enumerate(host.model.parameters()):
         weight.requires_grad_(i % 2 == 0)
-    told = Story(make(host, method, preset), preset)
+    told = Story(make(host, method, preset), preset, ASKED.get(method, REQUESTS))
     told.logits.append(logits(told.editor))
-    for one in REQUESTS:
+    for one in told.requests:
         steps = []
         told.outcomes.append(told.editor.apply(one, on_step=lambda *seen, steps=steps: steps.append(seen)))
         told.steps.append(steps)
@@ -107,21 +119,20 @@ def again(story, n):
     """A fresh editor with the first `n` requests of a story, by its saved state."""
     editor = type(story.editor)(story.editor.host, story.editor.config, seed=story.editor.seed)
     if n:
-        editor.load_state_dict(story.states[n - 1], REQUESTS[:n])
+        editor.load_state_dict(story.states[n - 1], story.requests[:n])
     return editor
 
 
 def test_edits_are_decoded_and_say_so(host, story):
-    for request, outcome in zip(REQUESTS, story.outcomes, strict=True):
+    for request, outcome in zip(story.requests, story.outcomes, strict=True):
         assert outcome.edit_ids == tuple(edit.id for edit in request.edits)
         assert outcome.decoded == (True,) * len(request.edits)
         assert min(outcome.margins) >= 0.7
         assert outcome.stopped == "margin"
-    editor = again(story, 1)
-    eos = bool(getattr(editor.config, "train_eos", False))
-    target = Encoder.for_host(host).edit(TOWER.prompt, TOWER.target, eos=eos).target_ids
-    assert reply(editor, TOWER.prompt, len(target)) == target
-    assert reply(again(story, 0), TOWER.prompt, len(target)) != target  # control
+    editor, edit = again(story, 1), story.requests[0].edits[0]
+    target = Encoder.for_host(host).edit(edit.prompt, edit.target, eos=editor.trains_eos).target_ids
+    assert reply(editor, edit.prompt, len(target)) == target
+    assert reply(again(story, 0), edit.prompt, len(target)) != target  # control
 
 
 def test_the_steps_are_told(story):
@@ -143,8 +154,8 @@ def test_no_edit_is_the_host_bit_for_bit(host, story):
 def test_undo_goes_back_step_by_step_bit_for_bit(host, story):
     editor = again(story, 3)
     for n in (2, 1, 0):
-        assert editor.undo() == (REQUESTS[n],)
-        assert editor.requests == REQUESTS[:n]
+        assert editor.undo() == (story.requests[n],)
+        assert editor.requests == story.requests[:n]
         assert torch.equal(logits(editor), story.logits[n])
         assert not torch.equal(logits(editor), story.logits[n + 1])  # control
     assert editor.state_dict() == {}
@@ -154,20 +165,20 @@ def test_undo_goes_back_step_by_step_bit_for_bit(host, story):
 
 def test_several_are_undone_at_once_or_none(host, story):
     editor = again(story, 3)
-    assert editor.undo(2) == (REQUESTS[2], REQUESTS[1])
+    assert editor.undo(2) == (story.requests[2], story.requests[1])
     assert torch.equal(logits(editor), story.logits[1])
     for n in (0, 2):
         with pytest.raises(UndoError, match=f"n=0|cannot take back {n} requests: 1 are"):
             editor.undo(n)
     assert torch.equal(logits(editor), story.logits[1])
-    assert editor.undo(1) == (REQUESTS[0],)
+    assert editor.undo(1) == (story.requests[0],)
     assert torch.equal(logits(editor), host_logits(host))
 
 
 def test_what_was_taken_back_can_be_made_again(story):
     """The same state, though other requests were made and taken back in between."""
     editor = again(story, 2)
-    editor.apply(REQUESTS[2])
+    editor.apply(story.requests[2])
     assert torch.equal(logits(editor), story.logits[3])
     editor.undo()
     editor.apply(EditRequest((Edit("Something", "else"),)))
@@ -190,14 +201,14 @@ def test_a_saved_state_gives_the_same_bits(story):
         assert state.keys() == story.states[n - 1].keys()
         assert all(torch.equal(state[name], story.states[n - 1][name]) for name in state)
     changed = {name: tensor + 0.01 for name, tensor in story.states[0].items()}
-    editor.load_state_dict(changed, REQUESTS[:1])
+    editor.load_state_dict(changed, story.requests[:1])
     assert not torch.equal(logits(editor), story.logits[1])  # control
 
 
 def test_a_saved_state_shares_no_memory(story):
     editor = again(story, 1)
     given = {name: tensor.clone() for name, tensor in story.states[0].items()}
-    editor.load_state_dict(given, REQUESTS[:1])
+    editor.load_state_dict(given, story.requests[:1])
     for tensor in [*editor.state_dict().values(), *given.values()]:
         tensor.fill_(0.0)
     assert torch.equal(logits(editor), story.logits[1])
@@ -213,10 +224,10 @@ def test_where_a_saved_state_stands_in_memory_does_not_matter(story):
     state = {name: misplaced(tensor) for name, tensor in story.states[1].items()}
     assert any(tensor.data_ptr() % 64 for tensor in state.values())
     editor = again(story, 0)
-    editor.load_state_dict(state, REQUESTS[:2])
+    editor.load_state_dict(state, story.requests[:2])
     assert torch.equal(logits(editor), story.logits[2])
     parts = [part for parts in editor.edited.interventions.values() for part in parts]
-    assert all(part.R.data_ptr() % 64 == 0 for part in parts)
+    assert all(part.R.data_ptr() % 64 == 0 for part in parts)  # others keep tables, copied alike
 
 
 def test_a_damaged_state_changes_nothing(story):
@@ -230,23 +241,25 @@ def test_a_damaged_state_changes_nothing(story):
     }
     for message, one in damaged.items():
         with pytest.raises(DamagedArtifactError, match=message):
-            editor.load_state_dict(one, REQUESTS[:1])
+            editor.load_state_dict(one, story.requests[:1])
         assert torch.equal(logits(editor), story.logits[1])
-        assert editor.requests == REQUESTS[:1]
-    if editor.config.bases == "own":  # then an edit without its bases is noticed
+        assert editor.requests == story.requests[:1]
+    if getattr(editor.config, "bases", None) == "own":  # then an edit without its bases is noticed
         with pytest.raises(DamagedArtifactError, match="is missing"):
-            editor.load_state_dict(state, REQUESTS[:2])
+            editor.load_state_dict(state, story.requests[:2])
 
 
 def test_the_seed_decides_every_bit(host, story):
     same, other = (make(host, story.editor.name, story.preset, seed=seed) for seed in (0, 1))
     for editor in (same, other):
-        editor.apply(REQUESTS[0])
+        editor.apply(story.requests[0])
     state = same.state_dict()
     assert all(torch.equal(state[name], story.states[0][name]) for name in state)
-    assert not torch.equal(logits(other), story.logits[1])  # control
+    if story.editor.name not in NOT_RANDOM:
+        assert not torch.equal(logits(other), story.logits[1])  # control
 
 
+@pytest.mark.parametrize("story", GATED, indirect=True, ids="/".join)
 def test_bases_stay_orthonormal(story):
     bases = {name: tensor for name, tensor in story.states[-1].items() if name.endswith(".R")}
     for tensor in bases.values():
@@ -285,23 +298,29 @@ def test_an_edit_that_breaks_off_changes_nothing(story, where, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
+    puts = iter([interrupt])
     if where == "loss":
-        monkeypatch.setattr("baft.methods.training.target_cross_entropy", interrupt)
-    elif where == "commit":  # trained, and half put down
+        for module in ("training", "descent"):
+            monkeypatch.setattr(f"baft.methods.{module}.target_cross_entropy", interrupt)
+    elif where == "commit" and isinstance(editor, BaftEditor):  # trained, and half put down
         monkeypatch.setattr("baft.nn.interventions.SubspaceIntervention.frozen", interrupt)
+    elif where == "commit":
+        put = editor.put
+        monkeypatch.setattr(editor, "put", lambda *given: next(puts, put)(*given))
     with pytest.raises(KeyboardInterrupt):
-        editor.apply(REQUESTS[2], on_step=interrupt if where == "first step" else None)
+        editor.apply(story.requests[2], on_step=interrupt if where == "first step" else None)
     monkeypatch.undo()
-    assert editor.requests == REQUESTS[:2]
+    assert editor.requests == story.requests[:2]
     assert torch.equal(logits(editor), story.logits[2])
     state = editor.state_dict()
     assert state.keys() == loads.keys()
     assert all(torch.equal(state[name], loads[name]) for name in state)
     assert n_hooks(editor.host.model) == 0
-    editor.apply(REQUESTS[2])  # nothing is left over that a second attempt would trip on
+    editor.apply(story.requests[2])  # nothing is left over that a second attempt would trip on
     assert torch.equal(logits(editor), story.logits[3])
 
 
+@pytest.mark.parametrize("story", GATED, indirect=True, ids="/".join)
 def test_the_gates_are_explained(host, story):
     editor = again(story, 2)
     encoder = Encoder.for_host(host)
@@ -313,10 +332,40 @@ def test_the_gates_are_explained(host, story):
     assert all(0 <= weight <= 1 for one in readings for weight in one.weights)
     assert {len(one.weights) for one in readings} == {editor.config.rank}
     owners = {one.edit_id for one in readings}
-    everyone = {edit.id for request in REQUESTS[:2] for edit in request.edits}
+    everyone = {edit.id for request in story.requests[:2] for edit in request.edits}
     assert owners == (everyone if editor.config.bases == "own" else {None})
     assert again(story, 0).explain((*text.prompt_ids, *text.target_ids), n) == ()
     assert n_hooks(host.model) == 0
+
+
+def test_batches_and_padding_change_nothing(story):
+    editor = again(story, 3)
+    encoder = Encoder.for_host(editor.host)
+    rows = [encoder.prompt(text) for text in PROBES]
+    together = logits(editor)[0]
+    for i, row in enumerate(rows):
+        with torch.no_grad():
+            ids = torch.tensor([row])
+            alone = editor.edited(ids, n_prompt_tokens=torch.tensor([len(row) - 2])).logits[0]
+        torch.testing.assert_close(together[i, : len(row)], alone, atol=1e-9, rtol=1e-9)
+
+
+def numbers_alive():
+    gc.collect()
+    return sum(one.numel() for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
+
+
+def test_reset_frees_the_memory(story):
+    editor = again(story, 0)
+    for request in story.requests:
+        editor.apply(request)
+    editor.reset()  # what was learned of the host stays
+    before = numbers_alive()
+    for request in story.requests:
+        editor.apply(request)
+    assert numbers_alive() > before  # control
+    editor.reset()
+    assert numbers_alive() == before
 
 
 def test_a_method_says_what_it_can():

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from baft.errors import ConfigError, InputError
 from baft.evals.metrics import ngram_entropy
-from baft.hosts.edited_model import EditedModel, Recording
+from baft.hosts.calls import Recording
+from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder, TokenBatch
 from baft.hosts.models import Host
 from baft.hosts.speaking import Row, Speaker

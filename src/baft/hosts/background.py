@@ -29,7 +29,8 @@ from torch import Tensor
 
 from baft.errors import InputError, UnsupportedHostError
 from baft.hosts.architecture import Site, input_device, intervention_dtype, site_device
-from baft.hosts.edited_model import EditedModel, Recording
+from baft.hosts.calls import Recording
+from baft.hosts.edited_model import EditedModel
 from baft.hosts.embedded import cache_folder
 from baft.hosts.encoding import Encoder
 from baft.hosts.identity import identify

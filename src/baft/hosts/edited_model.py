@@ -7,109 +7,43 @@ that is), so threads and several edited models may share one host, and other peo
 
 import contextlib
 import copy
-import functools
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from baft.errors import InputError, UnsupportedHostError
 from baft.hosts.architecture import Architecture, Site, find_architecture, text_config
+from baft.hosts.calls import (
+    Call,
+    InForce,
+    Parts,
+    Recording,
+    Stack,
+    cached_tokens,
+    current_call,
+    edit_output,
+    hanging,
+    note_tokens,
+    patch_output,
+)
 from baft.hosts.generation import generation_settings, guess_mask, refuse_unsafe_generation
-from baft.hosts.positions import PositionSpec, Shown, Window
-from baft.nn.fused import FusedIntervention, is_trained
-from baft.nn.interventions import SubspaceIntervention, intervene
+from baft.hosts.patches import Patch
+from baft.hosts.positions import PositionSpec, Window
+from baft.hosts.prompting import Prompter, generate_prompted, run_prompted
+from baft.nn.interventions import SubspaceIntervention
 
-Parts = Sequence[SubspaceIntervention]
-
-
-@dataclass(slots=True)
-class Recording:
-    """The states that one call edited, or would have edited, at each site.
-
-    Args:
-        states: The block's output before the intervention, `[token, d_model]`, rows in batch order.
-        masks: Which tokens they are, `[batch, pos]`, one mask for each time the host ran.
-    """
-
-    states: dict[Site, list[Float[Tensor, "token d_model"]]] = field(default_factory=dict)
-    masks: list[Bool[Tensor, "batch pos"]] = field(default_factory=list)
-
-    def at(self, site: Site) -> Float[Tensor, "token d_model"]:
-        """All states of a site, in the order they were seen."""
-        return torch.cat(self.states[site])
-
-
-@dataclass(slots=True)
-class _Call:
-    """One call of the host, or one generation."""
-
-    window: Window
-    parts: Mapping[Site, Parts]
-    recording: Recording | None
-    stack: "_Stack | None" = None
-    fused: Mapping[Site, FusedIntervention] = field(default_factory=dict)
-    shown: Shown | None = None
-
-
-@final
-class _InForce:
-    """The interventions of one assignment, and their fused forms, made where they are first wanted."""
-
-    def __init__(self, parts: Mapping[Site, Parts]):
-        self.parts: Mapping[Site, Parts] = {site: tuple(there) for site, there in parts.items()}
-
-    @functools.cached_property
-    def fused(self) -> Mapping[Site, FusedIntervention]:
-        """What acts at each site, but where something is still trained."""
-        return {
-            site: FusedIntervention(parts)
-            for site, parts in self.parts.items()
-            if parts and not is_trained(parts)
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class _Stack:
-    """Edits that do not see each other: every row of a batch has a block of its own.
-
-    Args:
-        layers: The blocks of all, by site.
-        blocks: Which of them edits each row.
-    """
-
-    layers: Mapping[Site, SubspaceIntervention]
-    blocks: Int[Tensor, " row"]
-
-    def of_tokens(
-        self, site: Site, mask: Bool[Tensor, "batch pos"]
-    ) -> tuple[SubspaceIntervention, Int[Tensor, " token"]] | None:
-        """What acts on the edited tokens of a site, and which of its blocks on each."""
-        if site not in self.layers:
-            return None
-        if mask.shape[0] % len(self.blocks):
-            raise InputError(
-                f"the host was shown {mask.shape[0]} rows for {len(self.blocks)} edits: give one row for each"
-            )
-        blocks = self.blocks.to(mask.device).repeat_interleave(mask.shape[0] // len(self.blocks))
-        return self.layers[site], blocks[mask.nonzero()[:, 0]]
-
-
-_current: ContextVar[_Call | None] = ContextVar("baft_call", default=None)
 _disabled: ContextVar[tuple["EditedModel", ...]] = ContextVar("baft_disabled", default=())
-# Torch numbers its hooks without a lock: two threads could get one number, and one hook replace the other.
-hanging = threading.Lock()
 
 
 class EditedModel:
     """A host with interventions in force; callable like the host.
 
-    While disabled, and wherever no gate opens, its logits are bit for bit the host's.
+    While disabled, and wherever no gate opens, its logits are bit for bit the host's. Methods that change
+    weights or keep memories put `patches` into force, those that edit by text a `prompter`.
 
     Args:
         host: A decoder-only causal language model, or a PEFT model around one; never changed.
@@ -135,8 +69,9 @@ class EditedModel:
         self.host = host
         self.positions = positions or PositionSpec()
         self.architecture: Architecture = find_architecture(host)
+        self._in_force = InForce({})
         self.interventions = interventions or {}
-        self._stack: _Stack | None = None
+        self._stack: Stack | None = None
 
     def apart(
         self, layers: Mapping[Site, SubspaceIntervention], blocks: Int[Tensor, " row"]
@@ -152,7 +87,7 @@ class EditedModel:
         for site in layers:
             self.architecture.block(site)
         found = copy.copy(self)
-        found._stack = _Stack(dict(layers), blocks)
+        found._stack = Stack(dict(layers), blocks)
         return found
 
     @property
@@ -172,12 +107,36 @@ class EditedModel:
     def interventions(self, interventions: Mapping[Site, Parts]) -> None:
         for site in interventions:
             self.architecture.block(site)
-        self._in_force = _InForce(interventions)
+        self._in_force = InForce(interventions, self.patches, self.prompter)
+
+    @property
+    def patches(self) -> Mapping[str, Patch]:
+        """What changes the output of single modules, by the module's name in the host; assigned whole."""
+        return self._in_force.patches
+
+    @patches.setter
+    def patches(self, patches: Mapping[str, Patch]) -> None:
+        for name in patches:
+            self.host.get_submodule(name)
+        self._in_force = InForce(self.interventions, patches, self.prompter)
+
+    @property
+    def prompter(self) -> Prompter | None:
+        """What puts text into prompts before the host sees them, or None."""
+        return self._in_force.prompter
+
+    @prompter.setter
+    def prompter(self, prompter: Prompter | None) -> None:
+        self._in_force = InForce(self.interventions, self.patches, prompter)
+
+    def follow(self, other: "EditedModel") -> None:
+        """Puts into force what is in force in another model of the same host, in place of all there is."""
+        self.positions, self._in_force = other.positions, other._in_force
 
     @property
     def is_enabled(self) -> bool:
         """Whether edits are in force here: not inside `disabled()`, and there are any."""
-        return not self.is_disabled and (self._stack is not None or any(self.interventions.values()))
+        return not self.is_disabled and (self._stack is not None or not self._in_force.is_empty)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -240,9 +199,12 @@ class EditedModel:
         arguments = {**arguments, "input_ids": input_ids, "attention_mask": mask}
         # A compiled step would have to be compiled anew for every token: the window moves.
         arguments.setdefault("disable_compile", True)
-        window = self.window(input_ids, mask.bool(), mask.sum(-1))
         in_force = self._in_force
-        with self._hooks(_Call(window, in_force.parts, None, self._stack, in_force.fused)):
+        if in_force.prompter is not None:
+            return generate_prompted(host.generate, arguments, settings, in_force.prompter)
+        window = self.window(input_ids, mask.bool(), mask.sum(-1))
+        call = Call(window, in_force.parts, None, self._stack, in_force.fused, in_force.patches)
+        with self._hooks(call):
             return host.generate(**arguments)
 
     def run(
@@ -266,19 +228,21 @@ class EditedModel:
         shown = ids if ids is not None else given.get("inputs_embeds")
         if shown is None:
             raise InputError("the host was shown nothing: give input_ids")
-        total = _cached_tokens(given.get("past_key_values")) + shown.shape[1]
+        total = cached_tokens(given.get("past_key_values")) + shown.shape[1]
         if mask is None:
             real = torch.ones(shown.shape[0], total, dtype=torch.bool, device=shown.device)
         else:
             real = _checked_mask(mask, total).bool()[:, :total]
-        window = self.window(ids, real, n_prompt_tokens)
         in_force = self._in_force
+        if self.is_enabled and in_force.prompter is not None:
+            return run_prompted(run, given, real, n_prompt_tokens, in_force.prompter)
+        window = self.window(ids, real, n_prompt_tokens)
         if self.is_enabled:
             # With gradients it is training, where parts change at every step.
             fused = {} if torch.is_grad_enabled() else in_force.fused
-            call = _Call(window, in_force.parts, recording, self._stack, fused)
+            call = Call(window, in_force.parts, recording, self._stack, fused, in_force.patches)
         else:
-            call = _Call(window, dict.fromkeys(in_force.parts, ()), recording)
+            call = Call(window, dict.fromkeys(in_force.parts, ()), recording)
         with self._hooks(call):
             return run(**given)
 
@@ -305,24 +269,27 @@ class EditedModel:
         return Window(self.positions, real, n_prompt_tokens=n_prompt_tokens, starts_with_bos=starts_with_bos)
 
     @contextlib.contextmanager
-    def _hooks(self, call: _Call) -> Iterator[None]:
+    def _hooks(self, call: Call) -> Iterator[None]:
         """Hangs the hooks of one call, and takes down exactly those."""
         handles: list[Any] = []
-        token = _current.set(call)
+        token = current_call.set(call)
         try:
             stack = self.architecture.stack
             with hanging:
-                note = _note_tokens(call)
+                note = note_tokens(call)
                 handles.append(stack.register_forward_pre_hook(note, with_kwargs=True, prepend=True))
                 for site in dict.fromkeys([*call.parts, *(call.stack.layers if call.stack else ())]):
                     block = self.architecture.block(site)
                     # First in line: whoever watches the block's output sees the edited one.
-                    handles.append(block.register_forward_hook(_edit_output(call, site), prepend=True))
+                    handles.append(block.register_forward_hook(edit_output(call, site), prepend=True))
+                for name in call.patches:
+                    module = self.host.get_submodule(name)
+                    handles.append(module.register_forward_hook(patch_output(call, name), prepend=True))
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            _current.reset(token)
+            current_call.reset(token)
 
 
 def _checked_mask(mask: Tensor, n_tokens: int = 0) -> Tensor:
@@ -333,63 +300,3 @@ def _checked_mask(mask: Tensor, n_tokens: int = 0) -> Tensor:
             f"the mask covers {mask.shape[1]} tokens; the cache and the new ones are {n_tokens}: cover all"
         )
     return mask
-
-
-def _cached_tokens(cache: Any) -> int:
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
-def _note_tokens(call: _Call) -> Any:
-    """A hook before the stack: which of the tokens shown now are edited ones."""
-
-    def hook(_: nn.Module, args: tuple[Any, ...], arguments: dict[str, Any] | None = None) -> None:
-        # Another thread may be running the stack just when this hook is taken down: torch then calls it
-        # as one that wants no keywords.
-        if _current.get() is not call or arguments is None:
-            return
-        named = (arguments.get("input_ids"), arguments.get("inputs_embeds"))
-        inputs = next(x for x in (*named, *args) if x is not None)
-        start = _cached_tokens(arguments.get("past_key_values"))
-        call.shown = call.window.shown(start, inputs.shape[1], inputs.shape[0])
-        if call.recording is not None:
-            call.recording.masks.append(call.shown.mask)
-
-    return hook
-
-
-def _edit_output(call: _Call, site: Site) -> Any:
-    """A hook after a block: its output with the interventions of a site."""
-
-    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        if _current.get() is not call:
-            return None
-        assert call.shown is not None, "the stack ran its blocks without being called itself"
-        if not call.shown.any:
-            return None
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        whole, mask = call.shown.all and call.recording is None, call.shown.mask.to(hidden.device)
-        selected = hidden.flatten(0, 1) if whole else hidden[mask]
-        if call.recording is not None:
-            call.recording.states.setdefault(site, []).append(selected)
-        edited = _edit(call, site, selected, mask)
-        if edited is None:
-            return None
-        hidden = edited.view_as(hidden) if whole else hidden.masked_scatter(mask.unsqueeze(-1), edited)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    return hook
-
-
-def _edit(
-    call: _Call, site: Site, states: Float[Tensor, "token d_model"], mask: Bool[Tensor, "batch pos"]
-) -> Float[Tensor, "token d_model"] | None:
-    """The states of the edited tokens as a call edits them at a site, or None where no gate opens."""
-    own = call.stack.of_tokens(site, mask) if call.stack else None
-    if own is None and site in call.fused:
-        found = call.fused[site](states)
-        return None if found is None else found[0]
-    parts = call.parts.get(site, ())
-    if not parts and own is None:
-        return None
-    edited, is_open = intervene(parts, states, own)
-    return edited if bool(is_open.any()) else None

@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from baft.hosts.architecture import Site, input_device
-from baft.hosts.edited_model import EditedModel, Parts, Recording
+from baft.hosts.calls import Parts, Recording
+from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import EncodedEdit, Encoder
 from baft.hosts.kernels import fast_linears
 from baft.hosts.models import Host

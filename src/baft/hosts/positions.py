@@ -89,6 +89,8 @@ class Window:
             if not spec.outputs:
                 edited = edited & (rank < ends)
         self.edited = edited
+        self.prompt = real if n_prompt_tokens is None else real & (rank < n_prompt_tokens.unsqueeze(-1))
+        self._ends_known = n_prompt_tokens is not None
         self.edits_new_tokens = spec.outputs or n_prompt_tokens is None
         self._new = torch.full((), self.edits_new_tokens, device=real.device)
 
@@ -114,3 +116,10 @@ class Window:
         mask = torch.cat([known, new], dim=-1).repeat_interleave(n_rows // n_known, dim=0)
         n_edited = int(mask.sum())
         return Shown(mask, n_edited > 0, n_edited == mask.numel())
+
+    def prompt_shown(self, start: int, length: int, n_rows: int) -> Bool[Tensor, "batch pos"]:
+        """Which of the tokens `start` to `start + length` are of a prompt; all real ones if nobody knows."""
+        n_known = self.prompt.shape[0]
+        known = self.prompt[:, start : start + length]
+        new = known.new_full((n_known, length - known.shape[1]), not self._ends_known)
+        return torch.cat([known, new], dim=-1).repeat_interleave(n_rows // n_known, dim=0)

@@ -24,7 +24,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from baft.errors import UnsupportedHostError
 from baft.hosts.architecture import Architecture, Site, find_architecture, input_device
-from baft.hosts.edited_model import EditedModel, Parts, Recording, hanging
+from baft.hosts.calls import Parts, Recording, hanging
+from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import EncodedEdit, Encoder
 from baft.hosts.kernels import fast_linears
 from baft.hosts.models import Host

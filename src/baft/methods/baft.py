@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from baft.errors import ConfigError, DamagedArtifactError, EditError, InputError
+from baft.errors import ConfigError, DamagedArtifactError, EditError
 from baft.hosts.architecture import Site, default_layers, find_architecture, input_device
 from baft.hosts.background import Background, background, prompt_states
-from baft.hosts.edited_model import EditedModel, Parts, Recording
+from baft.hosts.calls import Parts, Recording
+from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import EncodedEdit, Encoder
 from baft.hosts.models import Host
 from baft.hosts.passes import FullPass, Pass, why_full
@@ -29,6 +30,7 @@ from baft.methods.baft_config import DEFAULT, PAPER, BaftConfig
 from baft.methods.base import Apart, Capability, EditOutcome, GateReading, OnStep, StackedEditor
 from baft.methods.bases import Bases, Frame, OwnBases, SharedBases
 from baft.methods.optimizer import Layers
+from baft.methods.texts import renderings
 from baft.methods.training import TrainingResult, train, train_apart, train_in_batches
 from baft.nn.interventions import concatenate
 from baft.nn.orthonormal import check_rank
@@ -273,19 +275,14 @@ class BaftEditor(StackedEditor):
 
     def _texts(self, edits: Sequence[Edit]) -> list[EncodedEdit]:
         """Every rendering of every edit, the renderings of one edit side by side."""
-        renderings = (False, True) if self.config.chat and self.encoder.has_chat else (False,)
-        texts = [
-            self.encoder.edit(edit.prompt, edit.target, chat=chat, eos=self.config.train_eos)
-            for edit in edits
-            for chat in renderings
-        ]
-        longest, limit = max(len(text.target_ids) for text in texts), self.config.max_target_tokens
-        if longest > limit:
-            raise InputError(
-                f"the target is {longest} tokens long, and at most {limit} are edited: shorten it, "
-                "split it into several edits, or raise max_target_tokens"
-            )
-        return texts
+        config = self.config
+        return renderings(
+            self.encoder,
+            edits,
+            chat=config.chat,
+            eos=config.train_eos,
+            max_target_tokens=config.max_target_tokens,
+        )
 
     def _negatives(self, unrelated: Sequence[str]) -> Background | None:
         """States at which gates shall stay shut: the background's, and those of the user's prompts."""

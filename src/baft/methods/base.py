@@ -149,9 +149,9 @@ class Editor(ABC):
     def reset(self) -> None:
         """Forgets every edit."""
 
-    @abstractmethod
     def explain(self, ids: Sequence[int], n_prompt_tokens: int) -> tuple[GateReading, ...]:
-        """The gates at every edited token of a sequence, whether they open or not."""
+        """The gates at every edited token of a sequence, open or not; none where the method has none."""
+        return ()
 
     @classmethod
     def preset(cls, name: str) -> Any:
@@ -218,3 +218,5 @@ class StackedEditor(Editor):
 methods: Registry[type[Editor]] = Registry("method", base=Editor, group="baft.methods")
 methods.add("baft", "baft.methods.baft:BaftEditor")
 methods.add("reft", "baft.methods.baft:ReftEditor")
+methods.add("ft-l", "baft.methods.ft:FtLEditor")
+methods.add("ft-m", "baft.methods.ft:FtMEditor")

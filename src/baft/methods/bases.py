@@ -16,7 +16,7 @@ from torch import Tensor
 from baft.errors import ConfigError, DamagedArtifactError, UndoError
 from baft.hosts.architecture import Site, intervention_dtype, site_device
 from baft.hosts.background import Background
-from baft.hosts.edited_model import Parts
+from baft.hosts.calls import Parts
 from baft.hosts.encoding import EncodedEdit
 from baft.hosts.models import Host
 from baft.hosts.passes import Pass, Predictions, TargetPass

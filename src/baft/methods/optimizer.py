@@ -18,17 +18,50 @@ Layers = Mapping[Site, SubspaceIntervention]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How an edit is trained.
+class DescentConfig:
+    """How anything is trained: how fast, and until when.
 
     Args:
-        learning_rate: Of `R`, `A` and `b`, by Adam (0.9, 0.999) without weight decay.
-        gate_learning_rate: Of the gates, where they are trained.
+        learning_rate: Of what is trained, by Adam (0.9, 0.999) without weight decay.
         schedule: Constant, or falling linearly to zero at `max_steps`.
-        max_steps: Steps after which an edit has failed if it is not decoded; of a request that is trained in
-            mini-batches, the number of times that all of its edits are gone through.
+        max_steps: Steps after which an edit has failed if it is not decoded.
         stop_loss: Stop when the cross-entropy falls below this, in nats.
         stop_margin: Stop when every target token leads every other token by this, in nats.
+
+    Raises:
+        ConfigError: If a number is out of range.
+    """
+
+    learning_rate: float = 1e-2
+    schedule: Literal["constant", "linear"] = "linear"
+    max_steps: int = 30
+    stop_loss: float | None = None
+    stop_margin: float | None = 4.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ConfigError(f"learning_rate must be a positive number, got {self.learning_rate}")
+        if self.max_steps < 1:
+            raise ConfigError(f"max_steps must be at least 1, got {self.max_steps}")
+        for name in ("stop_loss", "stop_margin"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name} must be a number that is not negative, got {value}")
+
+    def rate(self, step: int) -> float:
+        """What is left of every learning rate at a step, counted from 0."""
+        return 1.0 - step / self.max_steps if self.schedule == "linear" else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(DescentConfig):
+    """How the bases of an edit are trained.
+
+    Of a request that is trained in mini-batches, `max_steps` is the number of times that all of its edits are
+    gone through.
+
+    Args:
+        gate_learning_rate: Of the gates, where they are trained.
         edits_at_once: Most edits in a step: a larger request is trained in mini-batches, more edits that are
             each trained by themselves in several stacks.
 
@@ -36,26 +69,15 @@ class TrainingConfig:
         ConfigError: If a number is out of range.
     """
 
-    learning_rate: float = 1e-2
     gate_learning_rate: float = 1e-3
-    schedule: Literal["constant", "linear"] = "linear"
-    max_steps: int = 30
-    stop_loss: float | None = None
-    stop_margin: float | None = 4.0
     edits_at_once: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "gate_learning_rate"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name} must be a positive number, got {value}")
-        for name in ("max_steps", "edits_at_once"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("stop_loss", "stop_margin"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{name} must be a number that is not negative, got {value}")
+        super().__post_init__()
+        if not (math.isfinite(self.gate_learning_rate) and self.gate_learning_rate > 0):
+            raise ConfigError(f"gate_learning_rate must be a positive number, got {self.gate_learning_rate}")
+        if self.edits_at_once < 1:
+            raise ConfigError(f"edits_at_once must be at least 1, got {self.edits_at_once}")
 
 
 @dataclass
@@ -104,9 +126,8 @@ class Optimizer:
         """
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
-        left = 1.0 - step / self.config.max_steps if self.config.schedule == "linear" else 1.0
         for group in self.adam.param_groups:
-            group["lr"] = group["rate"] * left
+            group["lr"] = group["rate"] * self.config.rate(step)
         for part in self.trained.values():
             assert part.R.grad is not None, "it was put there above"
             part.R.grad = tangent(part.R, part.R.grad)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from baft.errors import EditError
 from baft.hosts.architecture import Site
-from baft.hosts.edited_model import Parts
+from baft.hosts.calls import Parts
 from baft.hosts.passes import Predictions, TargetPass
 from baft.methods.base import OnStep
-from baft.methods.optimizer import Layers, Optimizer, TrainingConfig
+from baft.methods.optimizer import DescentConfig, Layers, Optimizer, TrainingConfig
 from baft.nn.interventions import SubspaceIntervention, concatenate
 from baft.nn.losses import row_cross_entropy, target_cross_entropy, target_margins
 
@@ -81,9 +81,9 @@ def train(
             loss = _penalized(cross_entropy, penalty, step, predictions, trained)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise _broke_down(config, step, losses[-1])
-        margins = _row_margins(predictions.logits.detach(), run)
-        stopped = _stopped(config, step, cross_entropy.item(), margins.min().item())
+            raise broke_down(config, step, losses[-1])
+        margins = row_margins(predictions.logits.detach(), run)
+        stopped = met_stop_rule(config, step, cross_entropy.item(), margins.min().item())
         if stopped is not None:
             return TrainingResult(tuple(margins.tolist()), tuple(losses), step, stopped)
         _check_trainable(loss)
@@ -131,16 +131,16 @@ def train_apart(
             of_rows = row_cross_entropy(predictions.logits, left.run.targets, left.run.rows)
             cross_entropy = left.mean_over_rows(of_rows)
             loss = _penalized(cross_entropy, penalty, step, predictions, left.trained, left.blocks)
-        margins = _row_margins(predictions.logits.detach(), left.run)
+        margins = row_margins(predictions.logits.detach(), left.run)
         done = []
         for i, (name, now, plain) in enumerate(
             zip(left.names.tolist(), loss.tolist(), cross_entropy.tolist(), strict=True)
         ):
             losses[name].append(now)
             mine = margins[left.blocks == i]
-            stopped = _stopped(config, step, plain, mine.min().item())
+            stopped = met_stop_rule(config, step, plain, mine.min().item())
             if not math.isfinite(now):
-                results[name] = _broke_down(config, step, now)
+                results[name] = broke_down(config, step, now)
             elif stopped is not None:
                 results[name] = TrainingResult(tuple(mine.tolist()), tuple(losses[name]), step, stopped)
             if name in results:
@@ -207,9 +207,9 @@ def train_in_batches(
                 of_rows = row_cross_entropy(predictions.logits, part_of_run.targets, part_of_run.rows)
                 loss = _penalized(of_rows.mean(), penalty, epoch, predictions, trained)
             if not math.isfinite(loss.item()):
-                raise _broke_down(config, epoch, loss.item())
-            margin = _row_margins(predictions.logits.detach(), part_of_run).min().item()
-            met = met and _stopped(config, 0, of_rows.mean().item(), margin) is not None
+                raise broke_down(config, epoch, loss.item())
+            margin = row_margins(predictions.logits.detach(), part_of_run).min().item()
+            met = met and met_stop_rule(config, 0, of_rows.mean().item(), margin) is not None
             _check_trainable(loss)
             optimizer.step(optimizer.gradients(loss), epoch)
             total, n_steps = total + loss.item() * len(chunk) / n_edits, n_steps + 1
@@ -219,7 +219,9 @@ def train_in_batches(
         last = epoch + 1 == config.max_steps
         if met or last:  # as seen before each step; now once more, all under the final bases
             margins, cross_entropy = _look_again(run, parts, edits, config)
-            stopped = _stopped(config, config.max_steps if last else 0, cross_entropy, margins.min().item())
+            stopped = met_stop_rule(
+                config, config.max_steps if last else 0, cross_entropy, margins.min().item()
+            )
             if stopped is not None:
                 return TrainingResult(tuple(margins.tolist()), tuple(losses), n_steps, stopped)
     raise AssertionError("the last round always stops")
@@ -234,7 +236,7 @@ def _look_again(
     for chunk in torch.arange(int(edits.max()) + 1, device=edits.device).split(config.edits_at_once):
         here = run.select(torch.isin(edits, chunk).nonzero()[:, 0])
         logits = here(parts).logits
-        margins.append(_row_margins(logits, here))
+        margins.append(row_margins(logits, here))
         cross_entropy.append(row_cross_entropy(logits, here.targets, here.rows))
     return torch.cat(margins), torch.cat(cross_entropy).mean().item()
 
@@ -310,20 +312,23 @@ def _unreached(gradients: Sequence[Tensor], loss: Float[Tensor, " block"]) -> li
     return (~moved & (loss > 0)).nonzero()[:, 0].tolist()
 
 
-def _broke_down(config: TrainingConfig, step: int, loss: float) -> EditError:
+def broke_down(config: DescentConfig, step: int, loss: float) -> EditError:
+    """The error of a loss that is not finite."""
     return EditError(
         f"training broke down at step {step} with loss {loss}, where finite numbers were expected: "
         f"lower learning_rate (it is {config.learning_rate})"
     )
 
 
-def _row_margins(logits: Float[Tensor, "token vocab"], run: TargetPass) -> Float[Tensor, " row"]:
+def row_margins(logits: Float[Tensor, "token vocab"], run: TargetPass) -> Float[Tensor, " row"]:
+    """The smallest lead of any target token of each text over the best other token, in nats."""
     margins = target_margins(logits, run.targets)
     lowest = margins.new_full((int(run.rows.max()) + 1,), float("inf"))
     return lowest.scatter_reduce(0, run.rows, margins, "amin")
 
 
-def _stopped(config: TrainingConfig, step: int, cross_entropy: float, margin: float) -> Stopped | None:
+def met_stop_rule(config: DescentConfig, step: int, cross_entropy: float, margin: float) -> Stopped | None:
+    """Why a training run ends before its next step, or None if it goes on."""
     if config.stop_margin is not None and margin >= config.stop_margin:
         return "margin"
     if config.stop_loss is not None and cross_entropy < config.stop_loss:

@@ -1,0 +1,178 @@
+"""Edits of what a module of the host puts out: changed weights, memories, routed copies.
+
+Interventions edit the hidden state between blocks. Methods that change weights or keep memories work inside a
+block; a `Patch` takes the input and the output of one module and gives another output. The host's own
+weights are never touched, so that taking a patch away is exact, and the host stays free for others.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from baft.errors import UnsupportedHostError
+from baft.hosts.architecture import Site, find_architecture, text_config
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The tokens that a patch is shown.
+
+    Args:
+        edited: Those that the positions of the edited model name, `[batch, pos]`.
+        prompt: Those of the prompts, without padding; all real ones where the prompts' ends are unknown.
+        memo: Where a patch may keep what it needs until the end of the call, or of the generation.
+    """
+
+    edited: Bool[Tensor, "batch pos"]
+    prompt: Bool[Tensor, "batch pos"]
+    memo: dict[str, Any]
+
+
+@runtime_checkable
+class Patch(Protocol):
+    """Changes the output of one module."""
+
+    def __call__(
+        self,
+        module: nn.Module,
+        inputs: Float[Tensor, "*batch d_in"],
+        output: Float[Tensor, "*batch d_out"],
+        seen: Seen,
+    ) -> Float[Tensor, "*batch d_out"] | None:
+        """The module's output as edited, or None to leave it, bit for bit."""
+
+
+class DeltaPatch:
+    """What a linear module would put out if a matrix were added to its weight.
+
+    Args:
+        parts: The matrix, as a sum: whole ones `[d_out, d_in]`, or pairs `(up, down)` of `[d_out, rank]` and
+            `[rank, d_in]`. While parts are trained they are used as they are; else they are put together
+            once, where that is cheaper than one after the other.
+    """
+
+    def __init__(self, parts: Sequence[Tensor | tuple[Tensor, Tensor]]):
+        self.parts = tuple(parts)
+        self._together: Tensor | None = None
+
+    def __call__(
+        self,
+        module: nn.Module,
+        inputs: Float[Tensor, "*batch d_in"],
+        output: Float[Tensor, "*batch d_out"],
+        seen: Seen,
+    ) -> Float[Tensor, "*batch d_out"] | None:
+        """The output with the matrix added to the weight."""
+        if not self.parts:
+            return None
+        x = inputs.to(self._dtype)
+        more = [_applied(part, x) for part in self._cheapest()]
+        return output + sum(more[1:], more[0]).to(output)
+
+    def whole(self) -> Float[Tensor, "d_out d_in"]:
+        """The matrix."""
+        found = [part if isinstance(part, Tensor) else part[0] @ part[1] for part in self.parts]
+        return sum(found[1:], found[0])
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        part = self.parts[0]
+        return (part if isinstance(part, Tensor) else part[0]).dtype
+
+    def _cheapest(self) -> Sequence[Tensor | tuple[Tensor, Tensor]]:
+        if torch.is_grad_enabled() and any(
+            one.requires_grad for part in self.parts for one in (part if isinstance(part, tuple) else (part,))
+        ):
+            return self.parts
+        if self._together is None:
+            if all(isinstance(part, tuple) for part in self.parts):
+                ups = torch.cat([part[0] for part in self.parts], dim=1)
+                downs = torch.cat([part[1] for part in self.parts], dim=0)
+                if ups.shape[1] * (ups.shape[0] + downs.shape[1]) < ups.shape[0] * downs.shape[1]:
+                    return ((ups, downs),)
+            with torch.no_grad():
+                self._together = self.whole()
+        return (self._together,)
+
+
+def _applied(part: Tensor | tuple[Tensor, Tensor], x: Float[Tensor, "*batch d_in"]) -> Tensor:
+    if isinstance(part, Tensor):
+        return F.linear(x, part.to(x.device))
+    up, down = part
+    return F.linear(F.linear(x, down.to(x.device)), up.to(x.device))
+
+
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """`(d_out, d_in)` of a linear module.
+
+    Raises:
+        UnsupportedHostError: If it is none.
+    """
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[1]), int(module.weight.shape[0])
+    d_out, d_in = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if d_out is None or d_in is None:
+        raise UnsupportedHostError(
+            f"a linear module was expected, got {type(module).__name__}: this method edits weights of those"
+        )
+    return int(d_out), int(d_in)
+
+
+def weight_of(module: nn.Module) -> Float[Tensor, "d_out d_in"]:
+    """The weight of a plain linear module, outputs first; a view of the host's own.
+
+    Raises:
+        UnsupportedHostError: If it is none, or its weight is not in floating point (quantized).
+    """
+    shape = weight_shape(module)
+    weight: Any = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise UnsupportedHostError(
+            f"the weight of {type(module).__name__} cannot be read as numbers: this method needs a host "
+            "that is not quantized"
+        )
+    return weight.T if isinstance(module, Conv1D) else weight.view(shape)
+
+
+def down_projection(model: nn.Module, layer: int) -> str:
+    """The name of the module by which a block's feed-forward part writes into the hidden state.
+
+    It is found by shape: the last linear module of the block that takes more than it gives, and gives a
+    hidden state.
+
+    Raises:
+        ConfigError: If the host has no such layer.
+        UnsupportedHostError: If the block has no such module (a mixture of experts), or several.
+    """
+    architecture = find_architecture(model)
+    block = architecture.block(Site(layer))
+    width = getattr(text_config(model), "ffn_dim", None) or getattr(
+        text_config(model), "intermediate_size", None
+    )
+    names = {id(module): name for name, module in model.named_modules()}
+    found: list[nn.Module] = []
+    for module in block.modules():
+        try:
+            d_out, d_in = weight_shape(module)
+        except UnsupportedHostError:
+            continue
+        is_wide = d_in == width if width else d_in > d_out
+        if d_out == architecture.d_model and is_wide and not _is_inside(module, found):
+            found.append(module)
+    if len(found) != 1:
+        raise UnsupportedHostError(
+            f"layer {layer} of this host has {len(found)} down-projections of a feed-forward part, and "
+            "one was expected: this method edits that one"
+        )
+    return names[id(found[0])]
+
+
+def _is_inside(module: nn.Module, others: Sequence[nn.Module]) -> bool:
+    """Whether a module is a part of one found already, such as the linear layer inside an adapter's."""
+    return any(module is inner for one in others for inner in one.modules() if inner is not one)

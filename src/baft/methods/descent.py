@@ -1,0 +1,98 @@
+"""The optimization loop of methods that train something else than bases: weights, adapters, states.
+
+What is trained is in force on the pass that is given (as patches of its edited model); the loop minimizes
+the cross-entropy of the targets, and whatever the method adds, by Adam, until its stop rule is met.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from baft.errors import EditError
+from baft.hosts.passes import FullPass, Predictions
+from baft.methods.base import EditOutcome, OnStep
+from baft.methods.optimizer import DescentConfig
+from baft.methods.training import TrainingResult, broke_down, met_stop_rule, row_margins
+from baft.nn.losses import target_cross_entropy
+from baft.types import EditRequest
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """What is minimized at a step."""
+
+    def __call__(self, cross_entropy: Float[Tensor, ""], seen: Predictions) -> Float[Tensor, ""]:
+        """The loss; `cross_entropy` is that of the targets, averaged over texts, in nats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Descent:
+    """One optimization.
+
+    Args:
+        parameters: What is trained, in place; it must be in force on the pass.
+        config: How fast and until when.
+        loss: What is minimized; the targets' cross-entropy if left out.
+        constrain: Called after every step, without gradients: brings parameters back to where they may be.
+    """
+
+    parameters: Sequence[Tensor]
+    config: DescentConfig
+    loss: Loss | None = None
+    constrain: Callable[[], None] | None = None
+
+    def run(self, shown: FullPass, on_step: OnStep | None = None) -> TrainingResult:
+        """Trains until the stop rule is met.
+
+        Raises:
+            EditError: If the loss is not finite.
+        """
+        adam = torch.optim.Adam(self.parameters, lr=self.config.learning_rate)
+        losses: list[float] = []
+        for step in range(self.config.max_steps + 1):
+            with torch.enable_grad():
+                seen = shown({})
+                cross_entropy = target_cross_entropy(seen.logits, shown.targets, shown.rows)
+                loss = cross_entropy if self.loss is None else self.loss(cross_entropy, seen)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise broke_down(self.config, step, losses[-1])
+            margins = row_margins(seen.logits.detach(), shown)
+            stopped = met_stop_rule(self.config, step, cross_entropy.item(), margins.min().item())
+            if stopped is not None:
+                return TrainingResult(tuple(margins.tolist()), tuple(losses), step, stopped)
+            found = torch.autograd.grad(loss, list(self.parameters), allow_unused=True)
+            if all(one is None for one in found):
+                raise EditError("nothing that is trained reaches the targets: train other layers")
+            for parameter, gradient in zip(self.parameters, found, strict=True):
+                parameter.grad = gradient
+            for group in adam.param_groups:
+                group["lr"] = self.config.learning_rate * self.config.rate(step)
+            adam.step()
+            if self.constrain is not None:
+                with torch.no_grad():
+                    self.constrain()
+            if on_step is not None:
+                on_step(step + 1, self.config.max_steps, losses[-1])
+        raise AssertionError("the last step always stops")
+
+
+def outcome_of(request: EditRequest, result: TrainingResult, n_rows: int, seconds_s: float) -> EditOutcome:
+    """How a request went whose texts, `n_rows` of each edit side by side, were trained together."""
+    margins = tuple(
+        min(result.margins[i : i + n_rows]) for i in range(0, n_rows * len(request.edits), n_rows)
+    )
+    return EditOutcome(
+        edit_ids=tuple(edit.id for edit in request.edits),
+        decoded=tuple(margin > 0 for margin in margins),
+        margins=margins,
+        losses=result.losses,
+        n_steps=result.n_steps,
+        stopped=result.stopped,
+        seconds_s=seconds_s,
+    )

@@ -1,0 +1,180 @@
+"""Fine-tuning of one weight matrix, the plainest of editors: `ft-l` and `ft-m`.
+
+Sources: Meng et al. 2022 (arXiv 2202.05262), section 3.1 and appendix E.1, for the constrained fine-tuning of
+one feed-forward layer; EasyEdit (https://github.com/zjunlp/EasyEdit), `models/ft`, for the two objectives and
+the names. Its steps, and where they are done here:
+
+1. The weight that is trained: the down-projection of one layer. `FtEditor.__init__`, by `down_projection`.
+2. The objective. FT-L: minus the log-probability of *every* target token at the last prompt token, the place
+   that predicts the first; `_at_the_last_prompt_token`. FT-M: the cross-entropy of the target given the
+   prompt and the target's tokens before; `Descent` without a loss of its own.
+3. Adam on that weight for 25 steps, until the loss falls below 0.01; `Descent.run`.
+4. The constraint of Meng et al.: no number of the weight moves by more than `norm_bound`; `_within_bounds`.
+
+The weight itself is never changed: what is trained is the matrix added to it, which Adam without weight decay
+moves exactly as it would the weight.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from baft.errors import ConfigError
+from baft.hosts.architecture import Site, find_architecture, intervention_dtype, site_device
+from baft.hosts.edited_model import EditedModel
+from baft.hosts.encoding import Encoder
+from baft.hosts.models import Host
+from baft.hosts.passes import FullPass, Predictions
+from baft.hosts.patches import DeltaPatch, down_projection, weight_shape
+from baft.methods.base import Capability, EditOutcome, OnStep
+from baft.methods.descent import Descent, outcome_of
+from baft.methods.optimizer import DescentConfig
+from baft.methods.stateful import Layout, State, StatefulEditor
+from baft.methods.texts import renderings
+from baft.types import EditRequest
+
+DELTA = "delta"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FtConfig(DescentConfig):
+    """Settings of `ft-l` and `ft-m`.
+
+    Args:
+        layer: The decoder block whose down-projection is trained, counted from 0; None for the published
+            layer 21 of 32, moved to the host's depth.
+        objective: What is minimized: the target's tokens where they stand, or all of them at the last prompt
+            token.
+        norm_bound: Most that any number of the weight may move in all, or None for no bound.
+        chat: Whether the chat rendering is trained beside the raw one.
+        train_eos: Whether the target's end is trained.
+
+    Raises:
+        ConfigError: If a value is out of range.
+    """
+
+    layer: int | None = None
+    objective: Literal["target", "last_prompt"] = "target"
+    norm_bound: float | None = None
+    chat: bool = False
+    train_eos: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.norm_bound is not None and not (math.isfinite(self.norm_bound) and self.norm_bound > 0):
+            raise ConfigError(f"norm_bound must be a positive number or None, got {self.norm_bound}")
+
+
+PAPER = FtConfig(learning_rate=5e-4, schedule="constant", max_steps=25, stop_loss=1e-2, stop_margin=None)
+
+
+class FtEditor(StatefulEditor):
+    """Fine-tuning of one down-projection.
+
+    Args:
+        host: The host; never changed.
+        config: The settings.
+        seed: Without effect: nothing here is random.
+
+    Raises:
+        ConfigError: If the host has no such layer.
+        UnsupportedHostError: If the layer has no down-projection of its own.
+    """
+
+    capabilities: ClassVar[frozenset[Capability]] = frozenset(
+        {Capability.BATCH, Capability.SEQUENTIAL, Capability.EXACT_UNDO}
+    )
+    config: FtConfig
+
+    def __init__(self, host: Host, config: FtConfig, *, seed: int = 0):
+        super().__init__(host, config, seed=seed)
+        self.trains_eos = config.train_eos
+        architecture = find_architecture(host.model)
+        n_layers = architecture.n_layers
+        layer = min(n_layers - 1, int(21 * n_layers / 32 + 0.5)) if config.layer is None else config.layer
+        self.sites = (Site(layer),)
+        self.module = down_projection(host.model, layer)
+        self.encoder = Encoder.for_host(host, max_tokens=architecture.max_positions)
+
+    def fit(
+        self, request: EditRequest, state: State, on_step: OnStep | None
+    ) -> tuple[Mapping[str, Tensor], EditOutcome]:
+        """Trains what is added to the weight, going on from what was added before."""
+        began = time.monotonic()
+        config = self.config
+        texts = renderings(self.encoder, request.edits, chat=config.chat, eos=config.train_eos)
+        shown = FullPass(self.host, self.encoder, self.positions, texts, ())
+        delta = torch.zeros(
+            self._shape,
+            dtype=intervention_dtype(self.host.model),
+            device=site_device(self.host.model, self.sites[0]),
+        )
+        if state:
+            delta.copy_(state[DELTA])
+        delta.requires_grad_()
+        shown.edited.patches = {self.module: DeltaPatch([delta])}
+
+        def loss(cross_entropy: Float[Tensor, ""], seen: Predictions) -> Float[Tensor, ""]:
+            return cross_entropy if config.objective == "target" else _at_the_last_prompt_token(shown, seen)
+
+        descent = Descent([delta], config, loss, lambda: self._within_bounds(delta))
+        result = descent.run(shown, on_step)
+        seconds_s = time.monotonic() - began
+        return {DELTA: delta}, outcome_of(request, result, len(texts) // len(request.edits), seconds_s)
+
+    def put(self, edited: EditedModel, state: State, requests: Sequence[EditRequest]) -> None:
+        """The matrix is added to what the down-projection puts out."""
+        edited.patches = {self.module: DeltaPatch([state[DELTA]])} if state else {}
+
+    def layout(self, requests: Sequence[EditRequest], state: State) -> Layout:
+        """One matrix of the weight's shape."""
+        return {DELTA: self._shape}
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return weight_shape(self.host.model.get_submodule(self.module))
+
+    def _within_bounds(self, delta: Float[Tensor, "d_out d_in"]) -> None:
+        bound = self.config.norm_bound
+        if bound is not None:
+            delta.clamp_(-bound, bound)
+
+
+def _at_the_last_prompt_token(shown: FullPass, seen: Predictions) -> Float[Tensor, ""]:
+    """Minus the mean log-probability of all target tokens of a text at its last prompt token, over texts."""
+    n_rows = int(shown.rows.max()) + 1
+    first = torch.searchsorted(shown.rows.contiguous(), torch.arange(n_rows, device=shown.rows.device))
+    logprobs = torch.log_softmax(seen.logits[first].float(), -1)
+    of_tokens = -logprobs[shown.rows, shown.targets]
+    counts = shown.rows.bincount().to(of_tokens)
+    return (of_tokens.new_zeros(n_rows).index_add(0, shown.rows, of_tokens) / counts).mean()
+
+
+class FtLEditor(FtEditor):
+    """FT-L: every target token is asked of the last prompt token."""
+
+    name: ClassVar[str] = "ft-l"
+    summary: ClassVar[str] = "fine-tuning of one matrix, the loss at the last prompt token (Meng et al. 2022)"
+    presets: ClassVar[Mapping[str, FtConfig]] = {
+        "default": replace(PAPER, objective="last_prompt"),
+        "paper": replace(PAPER, objective="last_prompt"),
+    }
+
+
+class FtMEditor(FtEditor):
+    """FT-M: the cross-entropy of the target."""
+
+    name: ClassVar[str] = "ft-m"
+    summary: ClassVar[str] = "fine-tuning of one matrix, the loss on the target's tokens (EasyEdit)"
+    presets: ClassVar[Mapping[str, FtConfig]] = {
+        "default": FtConfig(
+            learning_rate=1e-3, max_steps=30, stop_margin=4.0, chat=True, train_eos=True, schedule="constant"
+        ),
+        "paper": PAPER,
+    }

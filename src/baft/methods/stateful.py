@@ -1,0 +1,213 @@
+"""Editors whose edits are one table of named tensors, which every request replaces whole.
+
+Undo, saving, loading and "all or nothing" are the same for all of them, and stand here once. A method says
+how a request changes the table (`fit`), what of it is in force (`put`), and what it must hold (`layout`).
+"""
+
+import contextlib
+import itertools
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from baft.errors import DamagedArtifactError, UndoError
+from baft.hosts.architecture import input_device
+from baft.hosts.edited_model import EditedModel
+from baft.hosts.models import Host
+from baft.hosts.positions import PositionSpec
+from baft.methods.base import Editor, EditOutcome, OnStep
+from baft.types import EditRequest
+
+State = Mapping[str, Tensor]
+Layout = Mapping[str, tuple[int | None, ...]]  # shapes by name; None where any length will do
+
+
+class StatefulEditor(Editor):
+    """A method whose edits are one table of tensors.
+
+    Tensors of a table are never changed once it is made, so that tables may share them.
+
+    Args:
+        host: The host; never changed.
+        config: The method's settings.
+        seed: Of everything random in it.
+    """
+
+    n_remembered: ClassVar[int] = (
+        4  # tables before the present one that undo can go back to, saved ones included
+    )
+    positions: ClassVar[PositionSpec] = PositionSpec()
+
+    def __init__(self, host: Host, config: Any, *, seed: int = 0):
+        super().__init__(host, config, seed=seed)
+        self._edited = EditedModel(host.model, {}, self.positions)
+        self._state: State = {}
+        self._before: tuple[State, ...] = ()
+
+    @abstractmethod
+    def fit(
+        self, request: EditRequest, state: State, on_step: OnStep | None
+    ) -> tuple[Mapping[str, Tensor], EditOutcome]:
+        """The table with the edits of a request on top of those in `state`; changes nothing else."""
+
+    @abstractmethod
+    def put(self, edited: EditedModel, state: State, requests: Sequence[EditRequest]) -> None:
+        """Puts what a table says into force; an empty one is the host."""
+
+    @abstractmethod
+    def layout(self, requests: Sequence[EditRequest], state: State) -> Layout:
+        """The names and shapes of a table for these requests; `state` may tell what is free to vary."""
+
+    @property
+    def edited(self) -> EditedModel:
+        """The host with the edits in force."""
+        return self._edited
+
+    @property
+    def state(self) -> State:
+        """The table in force."""
+        return self._state
+
+    def apply(self, request: EditRequest, *, on_step: OnStep | None = None) -> EditOutcome:
+        """Makes the edits of a request; nothing changes unless all of it succeeds."""
+        made, outcome = self.fit(request, self._state, on_step)
+        state = {name: tensor.detach() for name, tensor in made.items()}
+        with self._all_or_nothing():
+            self._before = self.remembered((*self._before, self._state))
+            self._state, self.requests = state, (*self.requests, request)
+            self._put()
+        return outcome
+
+    def undo(self, n: int = 1) -> tuple[EditRequest, ...]:
+        """Takes the last `n` requests back, every bit of them."""
+        gone = self._taken_back(n)
+        left = self.requests[: len(self.requests) - n]
+        state = self.state_before(n)
+        with self._all_or_nothing():
+            self._before = self._before[: max(0, len(self._before) - n)]
+            self._state, self.requests = state, left
+            self._put()
+        return gone
+
+    def state_before(self, n: int) -> State:
+        """The table before the last `n` requests.
+
+        Raises:
+            UndoError: If it is no longer known.
+        """
+        if n == len(self.requests):
+            return {}
+        if n > len(self._before):
+            raise UndoError(
+                f"cannot take back {n} requests: {self.name} remembers what was before the last "
+                f"{self.n_remembered}, and of these {len(self._before)} are left; take back no more than "
+                "that, or all, or edit the host anew without those that you do not want"
+            )
+        return self._before[-n]
+
+    def remembered(self, before: tuple[State, ...]) -> tuple[State, ...]:
+        """Which of the earlier tables are kept, the latest last."""
+        return before[-self.n_remembered :]
+
+    def reset(self) -> None:
+        """Forgets every edit."""
+        self._state, self._before, self.requests = {}, (), ()
+        self._put()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The table in force, and those that undo can go back to."""
+        found = {name: tensor.cpu().clone() for name, tensor in self._state.items()}
+        first = len(self.requests) - len(self._before)
+        for n, earlier in enumerate(self._before, start=first):
+            found |= {f"before{n}.{name}": tensor.cpu().clone() for name, tensor in earlier.items()}
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Tensor], requests: Sequence[EditRequest]) -> None:
+        """Puts saved edits into force in place of the present ones."""
+        left = dict(state)
+        by_number: dict[int, dict[str, Tensor]] = {}
+        for name in sorted(left):
+            head, _, rest = name.partition(".")
+            number = head.removeprefix("before")
+            if head != number and number.isdecimal():
+                by_number.setdefault(int(number), {})[rest] = left.pop(name)
+        now = self._checked(left, requests, "")
+        before: list[State] = []
+        for n in range(max(0, len(requests) - self.n_remembered), len(requests)):
+            if n == 0:
+                before = [{}]
+            elif n in by_number:
+                before.append(self._checked(by_number.pop(n), requests[:n], f"before{n}."))
+            else:
+                before = []  # forgotten, and with it the way to all that was earlier
+        if by_number:
+            stranger = min(by_number)
+            raise DamagedArtifactError(
+                f"tensor 'before{stranger}.{min(by_number[stranger])}' belongs to no edit of this set"
+            )
+        with self._all_or_nothing():
+            self._state, self._before, self.requests = now, self.remembered(tuple(before)), tuple(requests)
+            self._put()
+
+    def _checked(self, given: State, requests: Sequence[EditRequest], prefix: str) -> State:
+        layout = self.layout(requests, given) if requests else {}
+        for name, shape in layout.items():
+            if name not in given:
+                raise DamagedArtifactError(f"tensor {prefix + name!r} is missing")
+            got = tuple(given[name].shape)
+            if len(got) != len(shape) or any(
+                want not in (None, n) for n, want in zip(got, shape, strict=True)
+            ):
+                expected = ["any" if n is None else n for n in shape]
+                raise DamagedArtifactError(
+                    f"tensor {prefix + name!r} has shape {list(got)}, expected {expected}".replace(
+                        "'any'", "any"
+                    )
+                )
+        strangers = sorted(given.keys() - layout.keys())
+        if strangers:
+            raise DamagedArtifactError(f"tensor {prefix + strangers[0]!r} belongs to no edit of this set")
+        # Copies of its own, where allocations stand: what products give depends on where their numbers stand.
+        return {name: tensor.clone().to(self._edited_device()) for name, tensor in given.items()}
+
+    def _edited_device(self) -> torch.device:
+        return input_device(self.host.model)
+
+    def _put(self) -> None:
+        self.put(self._edited, self._state, self.requests)
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Sets everything back if what is inside breaks off, such as by Ctrl-C between two lines."""
+        kept = self._state, self._before, self.requests
+        try:
+            yield
+        except BaseException:
+            self._state, self._before, self.requests = kept
+            self._put()
+            raise
+
+
+class AdditiveEditor(StatefulEditor):
+    """A method whose requests add tensors and change none; names begin with the request's number and a dot.
+
+    What was before any of them is known for good, and nothing need be kept twice.
+    """
+
+    def state_before(self, n: int) -> State:
+        """The table without what the last `n` requests added."""
+        left = len(self.requests) - n
+        return {name: tensor for name, tensor in self._state.items() if number_of(name) < left}
+
+    def remembered(self, before: tuple[State, ...]) -> tuple[State, ...]:
+        """None: the present table tells."""
+        return ()
+
+
+def number_of(name: str) -> int:
+    """The number of the request that added a tensor of an additive method; -1 where the name has none."""
+    head = "".join(itertools.takewhile(str.isdecimal, name))
+    return int(head) if head and name[len(head) : len(head) + 1] == "." else -1
