@@ -16,7 +16,7 @@ from baft.hosts.encoding import EncodedEdit, Encoder
 from baft.hosts.models import Host
 from baft.hosts.passes import FullPass, Pass
 from baft.hosts.positions import PositionSpec
-from baft.hosts.suffix import SuffixPass
+from baft.hosts.suffix import LEAST_SHARED, SuffixPass
 from baft.nn.losses import target_cross_entropy
 from tiny import (
     CHATML,
@@ -181,6 +181,33 @@ def test_some_of_the_texts(host, kept):
     check_the_same(full, quick, parts, tolerance(host))  # and the whole is what it was
     other = quick.select((rows + 1) % len(texts()))  # control
     assert other.targets.tolist() != less.targets.tolist()
+
+
+def alike(n_shared):
+    """Texts of unequal length that begin alike: the first one raw and alone, the others as chats."""
+    ids = random_ids(1, 60, seed=5)[0].tolist()
+    shared, rests = tuple(ids[:n_shared]), ids[n_shared:]
+    found = [EncodedEdit((*shared, *rests[:4]), (7, 8))]
+    for n in (3, 9, 5):
+        found.append(EncodedEdit((*shared, n, *rests[:n]), tuple(rests[n : n + 3]), is_chat=True))
+    return found
+
+
+@pytest.mark.parametrize("n_shared", [0, LEAST_SHARED - 1, LEAST_SHARED, 2 * SLIDING_WINDOW + 3])
+def test_what_texts_begin_with_is_run_once(host, n_shared):
+    sites = (Site(0), Site(1))
+    parts = trained(host, sites)
+    with Counter(block=find_architecture(host.model).blocks[0]) as shown:
+        full, quick = both(host, sites, given=alike(n_shared))
+    sharing = n_shared >= LEAST_SHARED
+    lengths = [len(text.prompt_ids) + len(text.target_ids) - 1 for text in alike(n_shared)]
+    rest = 3 * (max(lengths[1:]) - n_shared)
+    want = [n_shared, rest] if sharing else [3 * max(lengths[1:])]
+    assert shown == {"block": [lengths[0], *want]}
+    one, _ = check_the_same(full, quick, parts, tolerance(host))
+    other = measured(both(host, sites, given=alike(n_shared + 1))[1], parts)  # control
+    assert one[0].logits.shape == other[0].logits.shape
+    assert off(one[0].logits, other[0].logits) > 1e-2
 
 
 def test_more_texts_than_the_first_pass_takes_at_once(monkeypatch):

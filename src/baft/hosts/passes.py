@@ -195,14 +195,14 @@ def why_full(
     """Why a host cannot be run by `SuffixPass`, or None if it can.
 
     It is tried out once for a host and its first edited layer, against the full pass, on two prompts of
-    unequal length, so that there are prefixes, and padding among them.
+    unequal length that begin alike, so that there are prefixes, shared ones, and padding among them.
     """
-    from baft.hosts.suffix import SuffixPass
+    from baft.hosts.suffix import LEAST_SHARED, SuffixPass
 
     known, first = _verdicts.setdefault(host.model, {}), min(sites).layer
     if first not in known:
         ids = (*texts[0].prompt_ids, *texts[0].target_ids)
-        n = positions.last_prompt + 2
+        n = LEAST_SHARED + positions.last_prompt + 2
         trial = [EncodedEdit(tuple(islice(cycle(ids), longer)), texts[0].target_ids) for longer in (n, n + 3)]
         given = (host, encoder, positions, trial, sites)
         try:

@@ -35,6 +35,7 @@ from baft.hosts.positions import PositionSpec
 KeysValues = tuple[Float[Tensor, "row head held d_key"], Float[Tensor, "row head held d_value"]]
 
 _ROWS_AT_ONCE = 32  # of the first pass, in order of their length, so that little of it is padding
+LEAST_SHARED = 8  # tokens that texts must begin with alike, as chats do, for these to be run but once
 
 
 class SuffixPass:
@@ -106,7 +107,7 @@ class SuffixPass:
                 **arguments,
             )
         logits = output.logits
-        logits = logits[0] if self._trunk_of.selects else logits[self.rows, self._columns]
+        logits = logits.squeeze(0) if self._trunk_of.selects else logits[self.rows, self._columns]
         return Predictions(logits, {site: seen.at(site) for site in self.sites}, self.state_rows)
 
     def states(self) -> Mapping[Site, Float[Tensor, "state d_model"]]:
@@ -177,26 +178,26 @@ def _first_pass(
     prefix: dict[int, list[KeysValues]] = {}
     states: dict[Site, list[Tensor]] = {}
     inputs = [text.prompt_ids + text.target_ids[:-1] for text in texts]
-    order = sorted(range(len(texts)), key=lambda row: len(inputs[row]))
-    for start in range(0, len(order), _ROWS_AT_ONCE):
-        chunk = order[start : start + _ROWS_AT_ONCE]
+    chunks = _chunks(texts, [len(ids) for ids in inputs])
+    for chunk in chunks:
         batch = encoder.pad(
             [inputs[row] for row in chunk],
             [len(texts[row].prompt_ids) for row in chunk],
             side="right",
             device=input_device(host.model),
         )
-        cache = Cache(layers=[DynamicLayer() for _ in architecture.blocks])
-        with torch.no_grad(), fast_linears(), _outputs_of(architecture, sites) as caught:
-            first_alone = torch.zeros(1, dtype=torch.long, device=batch.input_ids.device)
-            host.model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=first_alone,  # the head has nothing to say
-            )
         n_here = n_prefix[chunk]
+        shared = _shared(batch.input_ids, int(n_here.min()))
+        with torch.no_grad(), fast_linears():
+            cache, shared = _begun(host, architecture, batch.input_ids[:, :shared])
+            with _outputs_of(architecture, sites) as caught:
+                host.model(
+                    input_ids=batch.input_ids[:, shared:],
+                    attention_mask=batch.attention_mask,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=_one(batch.input_ids),
+                )
         columns = torch.arange(longest, device=n_here.device) - (longest - n_here).unsqueeze(-1)
         for layer in range(first + 1, len(architecture.blocks)):
             kept: Any = cache.layers[layer]
@@ -204,17 +205,56 @@ def _first_pass(
                 raise UnsupportedHostError(f"layer {layer} of this host keeps no keys of every token")
             pair = (_pick(kept.keys, columns), _pick(kept.values, columns))
             prefix.setdefault(layer, []).append(pair)
-        after = n_here.unsqueeze(-1) + torch.arange(width, device=n_here.device)
+        after = n_here.unsqueeze(-1) - shared + torch.arange(width, device=n_here.device)
         for site in sites:
             found, in_tuples = caught[site]
             after = after.clamp(max=found.shape[1] - 1).to(found.device)
             states.setdefault(site, []).append(found.take_along_dim(after.unsqueeze(-1), 1))
-    back = torch.tensor(order).argsort()
+    back = torch.tensor([row for chunk in chunks for row in chunk]).argsort()
     whole = {
         layer: (torch.cat([k for k, _ in pairs])[back], torch.cat([v for _, v in pairs])[back])
         for layer, pairs in prefix.items()
     }
     return whole, {site: torch.cat(found)[back] for site, found in states.items()}, in_tuples
+
+
+def _begun(host: Host, architecture: Architecture, ids: Int[Tensor, "row pos"]) -> tuple[Cache, int]:
+    """A cache that holds what all rows begin with, run once, and how much that is.
+
+    Nothing, if there is nothing or a block keeps no keys.
+    """
+    layers = [DynamicLayer() for _ in architecture.blocks]
+    cache = Cache(layers=layers)
+    n_rows, n_tokens = ids.shape
+    if n_tokens:
+        host.model(input_ids=ids[:1], past_key_values=cache, use_cache=True, logits_to_keep=_one(ids))
+        if any(layer.get_seq_length() != n_tokens for layer in layers):
+            return Cache(layers=[DynamicLayer() for _ in architecture.blocks]), 0
+        cache.batch_repeat_interleave(n_rows)
+    return cache, n_tokens
+
+
+def _one(ids: Int[Tensor, "row pos"]) -> Int[Tensor, "1"]:
+    """The first place alone: the head has nothing to say in this pass."""
+    return torch.zeros(1, dtype=torch.long, device=ids.device)
+
+
+def _chunks(texts: Sequence[EncodedEdit], lengths: Sequence[int]) -> list[list[int]]:
+    """Which texts are run together: of one rendering, and of like length."""
+    found = []
+    for is_chat in (False, True):
+        rows = [row for row, text in enumerate(texts) if text.is_chat == is_chat]
+        rows.sort(key=lambda row: lengths[row])
+        found += [rows[start : start + _ROWS_AT_ONCE] for start in range(0, len(rows), _ROWS_AT_ONCE)]
+    return found
+
+
+def _shared(ids: Int[Tensor, "row pos"], most: int) -> int:
+    """How many tokens several texts begin with alike, `most` at most; 0 where it is not worth a pass."""
+    if len(ids) < 2 or most < LEAST_SHARED:
+        return 0
+    alike = (ids[:, :most] == ids[:1, :most]).all(0).long().cumprod(0).sum()
+    return int(alike) if alike >= LEAST_SHARED else 0
 
 
 def _pick(

@@ -166,11 +166,13 @@ class BaftEditor(StackedEditor):
         penalty = self._bases.penalty(negatives, len(self.requests) + 1)
         results: list[TrainingResult | EditError] = []
         stacks: list[Layers] = []
+        # Stacks of targets of like length, so that little of a step is padding.
+        order = sorted(range(len(edits)), key=lambda i: len(all_texts[i * n_rows].target_ids))
         for start in range(0, len(edits), self.config.edits_at_once):
-            some = edits[start : start + self.config.edits_at_once]
-            texts = all_texts[start * n_rows : (start + len(some)) * n_rows]
+            some = order[start : start + self.config.edits_at_once]
+            texts = [text for i in some for text in all_texts[i * n_rows : (i + 1) * n_rows]]
             run, why = self._run(texts)
-            trained = self._bases.start(some, run, texts, negatives, apart=True)
+            trained = self._bases.start([edits[i] for i in some], run, texts, negatives, apart=True)
             found, trained_apart = train_apart(
                 run,
                 trained,
@@ -182,7 +184,12 @@ class BaftEditor(StackedEditor):
             )
             results += found
             stacks.append(trained_apart)
-        layers = {site: concatenate([stack[site] for stack in stacks]) for site in self.sites}
+        back = torch.tensor(order).argsort()
+        results = [results[i] for i in back.tolist()]
+        layers = {
+            site: concatenate([stack[site] for stack in stacks]).select(back.to(self._frame.device(site)))
+            for site in self.sites
+        }
         share = (time.monotonic() - began) / len(edits)
         outcomes = tuple(
             result

@@ -72,10 +72,10 @@ class ClosedFormGates:
             self._fits[slot] = Whitening.fit(self.states, weights, shrinkage=self.config.gate_shrinkage)
         return self._fits[slot]
 
-    def block(
-        self, keys: Float[Tensor, "key d_model"], slots: Int[Tensor, " key"]
-    ) -> tuple[Float[Tensor, "rank d_model"], Float[Tensor, " rank"]]:
-        """The gates of one edit's bases, in float64.
+    def blocks(
+        self, of_edits: Sequence[EditKeys]
+    ) -> tuple[Float[Tensor, "edit rank d_model"], Float[Tensor, "edit rank"]]:
+        """The gates of the bases of each edit, in float64.
 
         Basis k opens at key k and, where there are more keys than bases, at keys k + rank, k + 2 rank ..;
         where there are fewer, several bases share a key. Keys that share a basis are set against the
@@ -83,23 +83,26 @@ class ClosedFormGates:
         ordinary states reach, and those of the user's unrelated prompts above all.
 
         Args:
-            keys: The edit's states, all renderings one after the other.
-            slots: What kind of key each of them is.
+            of_edits: The states of each edit, all its renderings one after the other, with their slots.
         """
         config = self.config
-        made = [
-            self.fit(int(slots[k])).gate(
-                keys[k :: config.rank], sharpness=config.gate_sharpness, midpoint=0.0
-            )
-            for k in range(min(config.rank, len(keys)))
-        ]
+        made: list[tuple[Tensor, Tensor]] = []
+        lowest, spread = [], []
+        for keys, slots in of_edits:
+            first, n = len(made), min(config.rank, len(keys))
+            for k in range(n):
+                whitening = self.fit(int(slots[k]))
+                made.append(
+                    whitening.gate(keys[k :: config.rank], sharpness=config.gate_sharpness, midpoint=0.0)
+                )
+            is_output = slots[:n] == Slot.TEXT
+            lowest.append(torch.where(is_output, config.output_midpoint, config.gate_midpoint))
+            spread.append(first + torch.arange(config.rank, device=keys.device) % n)
         U, c = (torch.stack(parts) for parts in zip(*made, strict=True))
-        is_output = slots[: len(made)] == Slot.TEXT
-        lowest = torch.where(is_output, config.output_midpoint, config.gate_midpoint).to(c)
         clear = (self._ordinary(U, c) + config.gate_clearance).clamp(max=_HIGHEST_MIDPOINT)
-        c = c - config.gate_sharpness * torch.maximum(lowest, clear)
-        spread = torch.arange(config.rank, device=keys.device) % len(made)
-        return U[spread], c[spread]
+        c = c - config.gate_sharpness * torch.maximum(torch.cat(lowest).to(c), clear)
+        of_basis = torch.stack(spread)
+        return U[of_basis], c[of_basis]
 
     def _ordinary(
         self, U: Float[Tensor, "gate d_model"], c: Float[Tensor, " gate"]
@@ -121,9 +124,8 @@ class ClosedFormGates:
 
     def gate(self, of_edits: Sequence[EditKeys], dtype: torch.dtype) -> LogisticGate:
         """The gates of several edits, a block each."""
-        blocks = [self.block(keys, slots) for keys, slots in of_edits]
-        U, c = (torch.stack(parts).to(dtype) for parts in zip(*blocks, strict=True))
-        return LogisticGate(U, c, threshold=self.config.gate_threshold)
+        U, c = self.blocks(of_edits)
+        return LogisticGate(U.to(dtype), c.to(dtype), threshold=self.config.gate_threshold)
 
 
 def edit_keys(run: Pass, texts: Sequence[EncodedEdit], n_edits: int, site: Site) -> list[EditKeys]:
