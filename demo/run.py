@@ -41,9 +41,10 @@ HITS = (
 )  # scored by the target; the others by staying the same
 # Prints the SHA-256 of next-token logits, so that two processes can be compared.
 NEW_PROCESS = """
-import hashlib, sys, baft
-model = baft.load(sys.argv[1])
-for prompt in sys.argv[2:]:
+import hashlib, sys, torch, baft
+torch.set_num_threads(int(sys.argv[1]))
+model = baft.load(sys.argv[2])
+for prompt in sys.argv[3:]:
     print(hashlib.sha256(model.logits(prompt).numpy().tobytes()).hexdigest())
 """
 
@@ -208,9 +209,11 @@ def scored_by(kind: str) -> str:
 
 
 def same_in_new_process(model: baft.Model, path: Path, prompts: list[str]) -> bool:
+    """Both on as many threads, be it said: rounding depends on it, and libraries count theirs each by itself."""
     import hashlib
 
-    command = [sys.executable, "-c", NEW_PROCESS, str(path), *prompts]
+    torch.set_num_threads(torch.get_num_threads())
+    command = [sys.executable, "-c", NEW_PROCESS, str(torch.get_num_threads()), str(path), *prompts]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     mine = [hashlib.sha256(model.logits(prompt).numpy().tobytes()).hexdigest() for prompt in prompts]
     return done.stdout.split() == mine

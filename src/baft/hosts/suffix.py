@@ -223,7 +223,7 @@ def _begun(host: Host, architecture: Architecture, ids: Int[Tensor, "row pos"]) 
 
     Nothing, if there is nothing or a block keeps no keys.
     """
-    layers = [DynamicLayer() for _ in architecture.blocks]
+    layers: Any = [DynamicLayer() for _ in architecture.blocks]
     cache = Cache(layers=layers)
     n_rows, n_tokens = ids.shape
     if n_tokens:
