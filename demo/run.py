@@ -209,7 +209,7 @@ def scored_by(kind: str) -> str:
 
 
 def same_in_new_process(model: baft.Model, path: Path, prompts: list[str]) -> bool:
-    """Both on as many threads, be it said: rounding depends on it, and libraries count theirs each by itself."""
+    """Both on as many threads: rounding depends on it, and libraries count theirs each by itself."""
     import hashlib
 
     torch.set_num_threads(torch.get_num_threads())
