@@ -141,6 +141,13 @@ def test_edit_speed(host_folder, data, tmp_path):
 
 
 @pytest.mark.slow
+def test_step_profile(host_folder, data, tmp_path):
+    results = quick("step_profile", tmp_path, "--model", host_folder, "--data", data)
+    assert sum(results["share"].values()) == pytest.approx(1.0)
+    assert results["share"]["products with frozen weights"] > 0
+    assert results["products_alone_s"]["median"] > 0
+
+
 def test_stacked_speed(host_folder, data, tmp_path):
     results = quick("stacked_speed", tmp_path, "--model", host_folder, "--data", data)
     assert set(results) == {"alone", "stack of 1", "stack of 10"}
