@@ -3,8 +3,8 @@
     BAFT_DATA=<folder> python benchmarks/step_profile.py --json step_profile.json
 
 Ten steps of one short edit run under torch's profiler, which takes time itself: shares count, not seconds.
-What no kernel accounts for is the rest: Python, autograd's bookkeeping, and the profiler. Beside it stands the
-time that the products with frozen weights take outside of any model, as often and in the same shapes: what
+What no kernel accounts for is the rest: Python, autograd's bookkeeping, and the profiler. Beside it stands
+the time that the products with frozen weights take outside of any model, as often, in the same shapes: what
 a step would cost if all else were free.
 """
 
