@@ -5,29 +5,23 @@
 Every measurement is a process of its own, since what one contender leaves behind would count for the next.
 It loads the host, runs it once over the edit's prompt and target, gives freed memory back to the system,
 and notes the resident memory: the host's own. Then the peak is reset, one edit is made, and the peak is
-read. Linux keeps that peak (VmHWM; /proc/self/clear_refs resets it); where it cannot be reset, a thread
-samples the resident memory instead and the result says so. Whatever the edit loads or caches on the way
+read (`baft.evals.cost`). Whatever the edit loads or caches on the way
 counts as the edit's: the first edit of a process includes the background's statistics, the second does
 not.
 """
 
 import argparse
-import contextlib
-import ctypes
-import gc
 import json
-import os
-import resource
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from baft.evals.cost import peak_above
 from baft.hosts.models import load_host
 from baft.hosts.passes import FullPass
 from baft.methods.baft import BaftEditor
@@ -35,72 +29,9 @@ from contenders import PassSteps, PlainForward, WholeEdit
 from harness import Sheet, document, n_rounds, parser, ratios, summarize, write
 from workload import Workload, data_folder, host_bytes, padded_out, questions
 
-PROC = Path("/proc/self")
 FIRST, SECOND, FULL, LORA = "first edit", "second edit", "four steps of our full pass", "LoRA, four steps"
 CONTENDERS = (FIRST, SECOND, FULL, LORA)
 MB = 1e6
-
-
-def resident() -> int:
-    """Resident memory of this process in bytes."""
-    return int((PROC / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def give_back() -> None:
-    """Frees what nobody holds, and returns it to the system, so that it cannot hide what comes next."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def peak_above(work: Callable[[], object]) -> dict[str, Any]:
-    """How far resident memory rises above its present height while something runs, in bytes."""
-    give_back()
-    before = peak_of_process()
-    try:
-        (PROC / "clear_refs").write_text("5")
-        own = resident()
-        work()
-        peak, how = _high_water(), "VmHWM, reset before"
-    except OSError:
-        own = resident()
-        with _Sampler() as sampler:
-            work()
-        peak, how = sampler.peak, "resident memory, sampled every millisecond"
-    # Resetting the peak resets what the system reports of the whole process, too.
-    return {"own": own, "above": max(0, peak - own), "whole_process": max(before, peak), "how": how}
-
-
-def peak_of_process() -> int:
-    """The most resident memory since the start of the process, or since its peak was reset, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _high_water() -> int:
-    for line in (PROC / "status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("this system keeps no peak of resident memory")
-
-
-class _Sampler:
-    def __init__(self) -> None:
-        self.peak = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-
-    def __enter__(self) -> "_Sampler":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        while not self._done.is_set():
-            self.peak = max(self.peak, resident())
-            time.sleep(1e-3)
 
 
 def one_process(args: argparse.Namespace) -> dict[str, Any]:
@@ -122,7 +53,7 @@ def one_process(args: argparse.Namespace) -> dict[str, Any]:
         from contenders import Lora  # a second copy of the host: it is there before anything is counted
 
         run = Lora(work).step
-    return {**peak_above(lambda: run(1)), "host_bytes": host_bytes(work.host.model)}
+    return {**asdict(peak_above(lambda: run(1))), "host_bytes": host_bytes(work.host.model)}
 
 
 def measure(args: argparse.Namespace, sheet: Sheet) -> dict[str, Any]:

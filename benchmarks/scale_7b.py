@@ -24,13 +24,13 @@ from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from baft.evals.cost import give_back, peak_above
 from baft.hosts import background
 from baft.hosts.models import Host, load_host
 from baft.methods.baft import BaftEditor, ReftEditor
 from baft.types import Edit, EditRequest
 from contenders import Streaming
 from harness import Sheet, document, parser, seconds, summarize, timed, write
-from memory import give_back, peak_above
 from workload import bytes_above, host_bytes
 
 N_STEPS = 15
@@ -118,8 +118,8 @@ def run(setting: str, host: Host, speed: float, sheet: Sheet) -> dict[str, Any]:
             seen["took"] = time.perf_counter() - began
 
         peak = peak_above(edit)
-        above.append(peak["above"])
-        whole.append(peak["whole_process"])
+        above.append(peak.above)
+        whole.append(peak.whole_process)
         took.append(seen["took"])
         steps.append(seen["outcome"].n_steps)
         editor.reset()

@@ -12,7 +12,6 @@ import torch
 import baft
 from baft.hosts.models import load_host
 from baft.methods.baft import BaftEditor
-from memory import peak_above
 from tiny import CHATML, tiny_host, tiny_tokenizer
 from workload import Workload, bytes_above, padded_out, questions
 
@@ -99,14 +98,6 @@ def test_the_bytes_above_a_site_are_those_of_its_later_blocks_the_norm_and_the_h
     assert [site.layer for site in editor.sites] == [2] or first > last
     assert bytes_above(model, editor.sites[0]._replace(layer=2)) == 4 * rest
     assert bytes_above(model, editor.sites[0]._replace(layer=1)) == 4 * (rest + block)
-
-
-def test_a_peak_counts_what_was_held_meanwhile_and_not_what_is_left():
-    n_bytes = 64 << 20
-    held = peak_above(lambda: torch.ones(n_bytes // 4).sum())
-    assert n_bytes * 0.9 < held["above"] < n_bytes * 2
-    # Control: work that holds nothing.
-    assert peak_above(lambda: None)["above"] < n_bytes * 0.1
 
 
 def quick(script, tmp_path, *options):

@@ -14,7 +14,7 @@ from baft.data.base import Benchmark, benchmarks
 from baft.errors import ConfigError
 from baft.types import EditCase, Probe
 
-Scorer = Literal["teacher_forced", "generate", "generate_chat", "chat_questions", "gates", "fluency"]
+Scorer = Literal["teacher_forced", "generate", "generate_chat", "chat_questions", "gates", "fluency", "cost"]
 Rendering = Literal["distracting_prefix", "after_unrelated_tokens", "negated", "doubted"]
 Stage = Literal["immediate", "final"]
 
@@ -140,9 +140,9 @@ class Experiment:
         seeds: Of the methods; but for 0, they also draw the order in which a chunk's edits are made.
         scorers: What is asked. Teacher-forced predictions also carry the locality scores on logits;
             `generate_chat` asks everything in the chat template too, `chat_questions` only what is a question
-            for the chat, which costs half; `gates`
-            reads how far the gates open at the last token of each prompt, and `fluency` how varied a text of
-            100 tokens is that the model writes after each edit's prompt.
+            for the chat, which costs half; `gates` reads how far the gates open at the last token of each
+            prompt, `fluency` how varied a text of 100 tokens is that the model writes after each edit's
+            prompt, and `cost` what memory and what room in an artifact an edit takes.
         renderings: Harder ways in which the edit's own prompt and its first rephrasing are asked too; their
             scores stand by tag and count in no other figure. `doubted` asks "Are you sure?" after the reply
             to the edit's own prompt in chat.

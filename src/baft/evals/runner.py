@@ -1,6 +1,5 @@
 """Running an experiment: edits are made, every probe is asked before and after, and a row a case is kept."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ from baft.errors import ConfigError, EditError, InputError
 from baft.evals.asking import Asker, Observation
 from baft.evals.beyond import Beyond, held_out_texts
 from baft.evals.experiment import Experiment, MethodSpec, Stage, Task, tasks_of
+from baft.evals.making import Made, make, make_apart
 from baft.evals.provenance import git_revision, machine, versions
 from baft.evals.records import Record, Row, sole_writer
 from baft.evals.renderings import with_renderings
@@ -23,8 +23,8 @@ from baft.hosts.edited_model import EditedModel
 from baft.hosts.identity import identify
 from baft.hosts.kernels import fast_linears
 from baft.hosts.models import Host, load_host
-from baft.methods.base import Editor, EditOutcome, GateReading, StackedEditor, methods
-from baft.types import EditCase, EditRequest, Probe
+from baft.methods.base import Editor, GateReading, StackedEditor, methods
+from baft.types import EditCase, Probe
 
 _CASES_AT_ONCE = 25  # asked in one call; their probes share batches
 _PROBES_KEPT = 3500  # of the untouched host, whose logits take up to 1.6 MB a locality probe
@@ -74,7 +74,7 @@ class Bench:
             self.cases[name] = tuple(with_renderings(case, experiment.renderings, encoder) for case in found)
         self.tasks = tuple(tasks_of(experiment, self.cases))
         self._beyond = Beyond(self.host, texts, batch_size=experiment.batch_size)
-        self._wanted = frozenset(experiment.scorers) - {"gates", "fluency"}
+        self._wanted = frozenset(experiment.scorers) - {"gates", "fluency", "cost"}
         self._editors: dict[tuple[str, int], Editor] = {}
         self._before: dict[tuple[tuple[Probe, ...], tuple[int, ...]], Sequence[Observation]] = {}
 
@@ -138,7 +138,7 @@ class Bench:
             if task.protocol.kind == "single":
                 rows = self._apart(editor, task.cases) or self._one_by_one(editor, task.cases)
             elif task.protocol.kind == "batched":
-                made = [_make(editor, task.cases)] * len(task.cases)
+                made = [self._make(editor, task.cases)] * len(task.cases)
                 rows = self._scored(_Models.of(editor), task.cases, made)
                 self._look_beyond(rows, editor.edited, task.cases)
             else:
@@ -154,19 +154,17 @@ class Bench:
         }
         return [about | row for row in rows]
 
+    def _make(self, editor: Editor, cases: Sequence[EditCase]) -> Made:
+        return make(editor, cases, with_cost="cost" in self.experiment.scorers)
+
     def _apart(self, editor: Editor, cases: Sequence[EditCase]) -> list[Row]:
         """Single edits made and asked in one batch; nothing if the method cannot, or one of them fails."""
         if not isinstance(editor, StackedEditor):
             return []
         try:
-            apart = editor.apart([EditRequest((case.edit,)) for case in cases])
+            apart, made = make_apart(editor, cases, with_cost="cost" in self.experiment.scorers)
         except (EditError, InputError):
             return []
-        made = []
-        for case, outcome in zip(cases, apart.outcomes, strict=True):
-            if isinstance(outcome, EditError):
-                return []
-            made.append(_Made((case.edit.id,), outcome, None, outcome.seconds_s))
         rows = self._scored(_Models(apart.by_row, apart.explain), cases, made)
         for i, row in enumerate(rows):
             row["stack"] = len(cases)
@@ -179,7 +177,7 @@ class Bench:
         rows: list[Row] = []
         for position, case in enumerate(cases):
             editor.reset()
-            made = [_make(editor, [case])]
+            made = [self._make(editor, [case])]
             found = self._scored(_Models.of(editor), [case], made, first=position)
             self._look_beyond(found, editor.edited, [case])
             rows += found
@@ -188,10 +186,10 @@ class Bench:
     def _in_sequence(self, editor: Editor, task: Task) -> list[Row]:
         """Edits on top of each other, scored at once and after the last."""
         rows: list[Row] = []
-        made: list[_Made] = []
+        made: list[Made] = []
         lone = task.protocol.immediate == "reliability"
         for position, case in enumerate(task.cases):
-            made.append(_make(editor, [case]))
+            made.append(self._make(editor, [case]))
             rows += self._scored(_Models.of(editor), [case], made[-1:], first=position, lone=lone)
         final = self._scored(_Models.of(editor), task.cases, made, stage="final")
         self._look_beyond(final, editor.edited, task.cases)
@@ -209,7 +207,7 @@ class Bench:
         self,
         models: "_Models",
         cases: Sequence[EditCase],
-        made: Sequence["_Made"],
+        made: Sequence["Made"],
         *,
         stage: Stage = "immediate",
         first: int = 0,
@@ -322,43 +320,6 @@ class _Models:
     def of(cls, editor: Editor) -> "_Models":
         """One for all."""
         return cls(editor.edited, lambda _, ids, n: editor.explain(ids, n), are_several=False)
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """How making an edit, or a batch of them, went."""
-
-    ids: tuple[str, ...]
-    outcome: EditOutcome | None
-    error: str | None
-    seconds_s: float
-
-    def as_row(self, case: EditCase) -> Row:
-        """What of it belongs into the row of a case."""
-        if self.outcome is None:
-            return {"decoded": False, "error": self.error, "n_steps": 0, "seconds_s": self.seconds_s}
-        place = self.ids.index(case.edit.id)
-        return {
-            "decoded": self.outcome.decoded[place],
-            "error": None,
-            "n_steps": self.outcome.n_steps,
-            "seconds_s": self.seconds_s / len(self.ids),
-        }
-
-
-def _make(editor: Editor, cases: Sequence[EditCase]) -> _Made:
-    """Makes edits; one that cannot be made is noted, and scored like any other on the model as it stands.
-
-    Cases may ask different questions about one and the same edit, which is then made once.
-    """
-    edits = tuple(dict.fromkeys(case.edit for case in cases))
-    ids = tuple(edit.id for edit in edits)
-    began = time.perf_counter()
-    try:
-        outcome = editor.apply(EditRequest(edits))
-    except (EditError, InputError) as error:
-        return _Made(ids, None, f"{type(error).__name__}: {error}", time.perf_counter() - began)
-    return _Made(ids, outcome, None, time.perf_counter() - began)
 
 
 def _probe_row(case: EditCase, probe: Probe, before: Observation, after: Observation) -> Row:

@@ -255,6 +255,8 @@ def _fewer(results: Results, groups: Sequence[Group], names: Sequence[str]) -> s
 
 # --- how it went ---
 
+_N_OF_EDITS = 8  # columns without those of cost
+
 
 def edits_table(results: Results, arena: Arena) -> Table:
     """How making the edits went: failures, what held in training, skipped probes, seconds."""
@@ -278,8 +280,11 @@ def edits_table(results: Results, arena: Arena) -> Table:
                 Cell(number(seconds.estimate, _POSITIVE), between(seconds.low, seconds.high, _POSITIVE)),
                 Cell(number(statistics.median(row["seconds_s"] for row in found), _POSITIVE)),
                 Cell(f"{statistics.fmean(row['n_steps'] for row in found):.1f}"),
+                *_cost_cells([row for row in found if "peak_bytes" in row]),
             ]
         )
+    with_cost = any(len(row) > _N_OF_EDITS for row in rows)
+    rows = [row + [Cell("")] * (with_cost * (_N_OF_EDITS + 2 - len(row))) for row in rows]
     header = (
         "method",
         "edits made",
@@ -289,13 +294,27 @@ def edits_table(results: Results, arena: Arena) -> Table:
         "seconds an edit",
         "median",
         "steps an edit",
+        *(("peak memory, MB", "kept an edit, kB") if with_cost else ()),
     )
     note = (
         "A failed edit changed nothing and is scored like any other, on the model as it stood. A skipped "
         "probe has no scores. An edit that was made with several seeds counts once for each. Single edits "
         "that were made in one batch have a share each of the seconds that it took."
     )
+    if with_cost:
+        note += (
+            " Peak memory is the median rise above what was in use before an edit, or a batch of them, was "
+            "made; kept is what an artifact holds for each edit in force, what undo needs included."
+        )
     return Table(header, rows, note=note)
+
+
+def _cost_cells(rows: Sequence[Row]) -> list[Cell]:
+    """Peak memory and room in an artifact, of rows that have them."""
+    if not rows:
+        return []
+    peak = statistics.median(row["peak_bytes"] for row in rows)
+    return [Cell(f"{peak / 1e6:.0f}"), Cell(f"{rows[-1]['stored_bytes'] / 1e3:.1f}")]
 
 
 def failure_table(results: Results, arena: Arena) -> Table | None:
