@@ -37,6 +37,7 @@ from baft.methods.descent import Descent, outcome_of
 from baft.methods.optimizer import DescentConfig
 from baft.methods.stateful import Layout, State, StatefulEditor
 from baft.methods.texts import renderings
+from baft.nn.losses import target_cross_entropy
 from baft.types import EditRequest
 
 DELTA = "delta"
@@ -150,10 +151,7 @@ def _at_the_last_prompt_token(shown: FullPass, seen: Predictions) -> Float[Tenso
     """Minus the mean log-probability of all target tokens of a text at its last prompt token, over texts."""
     n_rows = int(shown.rows.max()) + 1
     first = torch.searchsorted(shown.rows.contiguous(), torch.arange(n_rows, device=shown.rows.device))
-    logprobs = torch.log_softmax(seen.logits[first].float(), -1)
-    of_tokens = -logprobs[shown.rows, shown.targets]
-    counts = shown.rows.bincount().to(of_tokens)
-    return (of_tokens.new_zeros(n_rows).index_add(0, shown.rows, of_tokens) / counts).mean()
+    return target_cross_entropy(seen.logits[first][shown.rows], shown.targets, shown.rows)
 
 
 class FtLEditor(FtEditor):
