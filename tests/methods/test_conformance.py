@@ -29,6 +29,8 @@ QUICK = {
     "gate_clearance": 0.0,
     "gate_shrinkage": 0.05,
 }
+# Adapters of every block are scaled up, and take smaller steps for it.
+QUICK_OF = {"lora": {"learning_rate": 1e-2}, "adalora": {"learning_rate": 2e-2}}
 TOWER = Edit("The tower is in the city of", "Ro")
 REQUESTS = (
     EditRequest((TOWER,)),
@@ -50,7 +52,11 @@ def make(host, method, preset, *, seed=0, **settings):
     kind = methods.get(method)
     config = kind.preset(preset)
     known = {one.name for one in dataclasses.fields(config)}
-    changes = {name: value for name, value in {**QUICK, **settings}.items() if name in known}
+    changes = {
+        name: value
+        for name, value in {**QUICK, **QUICK_OF.get(method, {}), **settings}.items()
+        if name in known
+    }
     return kind(host, dataclasses.replace(config, **changes), seed=seed)
 
 
