@@ -63,10 +63,10 @@ class AdaLoraConfig(AdapterConfig):
         ):
             if not fits:
                 raise ConfigError(f"{name} is out of range: got {getattr(self, name)}, expected {expected}")
-        if self.warmup_steps >= self.max_steps - self.final_steps:
+        if self.max_steps - self.final_steps <= max(self.warmup_steps, 1):
             raise ConfigError(
-                f"no step is left for pruning: warmup_steps={self.warmup_steps} and "
-                f"final_steps={self.final_steps} must be fewer than max_steps={self.max_steps} together"
+                f"no step is left for pruning: of max_steps={self.max_steps}, two or more must come before "
+                f"the last final_steps={self.final_steps}, and more than warmup_steps={self.warmup_steps}"
             )
 
 
@@ -161,5 +161,6 @@ class AdaLoraEditor(AdapterEditor):
         return adapter.tuner(SimpleNamespace(loss=cross_entropy.clone())).loss
 
     def constrain(self, adapter: Adapter, step: int) -> None:
-        """Prunes the diagonals."""
-        adapter.tuner.update_and_allocate(step)
+        """Prunes the diagonals, where there is anything to prune."""
+        if self.config.initial_rank > self.config.rank:
+            adapter.tuner.update_and_allocate(step)
