@@ -29,8 +29,12 @@ QUICK = {
     "gate_clearance": 0.0,
     "gate_shrinkage": 0.05,
 }
-# Adapters of every block are scaled up, and take smaller steps for it.
-QUICK_OF = {"lora": {"learning_rate": 1e-2}, "adalora": {"learning_rate": 2e-2}}
+# Adapters are scaled up, and take smaller steps for it; MELO trains two layers of the three, and wide blocks.
+QUICK_OF = {
+    "lora": {"learning_rate": 1e-2},
+    "adalora": {"learning_rate": 2e-2},
+    "melo": {"learning_rate": 2e-2, "scale": 4.0, "rank": 16, "key_layer": 0, "halve_every": None},
+}
 TOWER = Edit("The tower is in the city of", "Ro")
 REQUESTS = (
     EditRequest((TOWER,)),
