@@ -78,13 +78,12 @@ class VectorDatabase:
         query = query.to(self.keys)
         if not len(self.radii):
             return self._with_cluster(query, label, block, radius)
-        distance, nearest = _distances(query, self.centers).min(0)
-        cluster = int(nearest)
-        if float(distance) > float(self.radii[cluster]) + radius:
+        cluster, distance = self._nearest(query)
+        if distance > float(self.radii[cluster]) + radius:
             return self._with_cluster(query, label, block, radius)
         if int(self.labels[cluster]) == label:
             return self._with_key(query, cluster, block)._regrown(cluster, radius)
-        half = float(distance) / 2
+        half = distance / 2
         # What the authors add is 1e-5, which float32 does not tell from a long key's own rounding.
         tie = _TIE * max(1.0, float(query.norm()))
         new = self._with_cluster(query, label, block, half + tie)
@@ -93,11 +92,21 @@ class VectorDatabase:
     def _route(self, query: Float[Tensor, " d_key"]) -> int:
         if not len(self.radii):
             return NO_BLOCK
-        distance, nearest = _distances(query, self.centers).min(0)
-        ours = (self.owners == nearest).nonzero()[:, 0]
-        if distance > self.radii[nearest] or not len(ours):
+        cluster, distance = self._nearest(query)
+        ours = (self.owners == cluster).nonzero()[:, 0]
+        if distance > float(self.radii[cluster]) or not len(ours):
             return NO_BLOCK
         return int(self.blocks[ours[_distances(query, self.keys[ours]).argmin()]])
+
+    def _nearest(self, query: Float[Tensor, " d_key"]) -> tuple[int, float]:
+        """The nearest cluster, of several the latest, and how far it is.
+
+        The authors' code takes the first of several: a prompt that is edited again then finds its old
+        cluster, which has just lost its radius, and so neither edit.
+        """
+        distances = _distances(query, self.centers)
+        found = int((distances == distances.min()).nonzero()[-1])
+        return found, float(distances[found])
 
     def _with_key(self, query: Float[Tensor, " d_key"], cluster: int, block: int) -> "VectorDatabase":
         return replace(
