@@ -33,7 +33,14 @@ QUICK = {
 QUICK_OF = {
     "lora": {"learning_rate": 1e-2},
     "adalora": {"learning_rate": 2e-2},
-    "melo": {"learning_rate": 2e-2, "scale": 4.0, "rank": 16, "key_layer": 0, "halve_every": None},
+    "melo": {
+        "learning_rate": 2e-2,
+        "scale": 4.0,
+        "radius": 0.5,
+        "rank": 16,
+        "key_layer": 0,
+        "halve_every": None,
+    },
 }
 TOWER = Edit("The tower is in the city of", "Ro")
 REQUESTS = (

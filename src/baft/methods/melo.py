@@ -101,10 +101,24 @@ class MeloConfig(DescentConfig):
 PAPER = MeloConfig(
     learning_rate=1e-3, schedule="constant", max_steps=50, stop_margin=None, scale=350.0, halve_every=20
 )
+DEFAULT = replace(
+    PAPER,
+    depth=26 / 30,
+    radius=16.0,
+    max_steps=30,
+    stop_margin=4.0,
+    halve_every=None,
+    chat=True,
+    train_eos=True,
+)
 
 
 class MeloEditor(StatefulEditor):
     """Low-rank blocks on up-projections, switched on by prompts near those they were trained with.
+
+    The default radius and depth are those that told 40 questions of zsRE's training cases apart best on
+    SmolLM2: 0.75 of the rephrasings lie within the radius of their edit, and 0.04 of the other questions.
+    Keys of another host have another length, and need another radius.
 
     Args:
         host: The host; never changed.
@@ -121,10 +135,7 @@ class MeloEditor(StatefulEditor):
     capabilities: ClassVar[frozenset[Capability]] = frozenset(
         {Capability.BATCH, Capability.SEQUENTIAL, Capability.EXACT_UNDO}
     )
-    presets: ClassVar[Mapping[str, MeloConfig]] = {
-        "default": replace(PAPER, max_steps=30, stop_margin=4.0, chat=True, train_eos=True, halve_every=None),
-        "paper": PAPER,
-    }
+    presets: ClassVar[Mapping[str, MeloConfig]] = {"default": DEFAULT, "paper": PAPER}
     config: MeloConfig
 
     def __init__(self, host: Host, config: MeloConfig, *, seed: int = 0):
