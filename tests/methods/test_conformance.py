@@ -29,6 +29,19 @@ QUICK = {
     "gate_clearance": 0.0,
     "gate_shrinkage": 0.05,
 }
+# Adapters are scaled up, and take smaller steps for it; MELO trains two layers of the three, and wide blocks.
+QUICK_OF = {
+    "lora": {"learning_rate": 1e-2},
+    "adalora": {"learning_rate": 2e-2},
+    "melo": {
+        "learning_rate": 2e-2,
+        "scale": 4.0,
+        "radius": 0.5,
+        "rank": 16,
+        "key_layer": 0,
+        "halve_every": None,
+    },
+}
 TOWER = Edit("The tower is in the city of", "Ro")
 REQUESTS = (
     EditRequest((TOWER,)),
@@ -50,7 +63,11 @@ def make(host, method, preset, *, seed=0, **settings):
     kind = methods.get(method)
     config = kind.preset(preset)
     known = {one.name for one in dataclasses.fields(config)}
-    changes = {name: value for name, value in {**QUICK, **settings}.items() if name in known}
+    changes = {
+        name: value
+        for name, value in {**QUICK, **QUICK_OF.get(method, {}), **settings}.items()
+        if name in known
+    }
     return kind(host, dataclasses.replace(config, **changes), seed=seed)
 
 

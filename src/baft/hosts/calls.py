@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from baft.errors import InputError
 from baft.hosts.architecture import Site
+from baft.hosts.kernels import plain_linears
 from baft.hosts.patches import Patch, Seen
 from baft.hosts.positions import Shown, Window
 from baft.hosts.prompting import Prompter
@@ -55,6 +56,7 @@ class Call:
     shown: Shown | None = None
     prompt: Bool[Tensor, "batch pos"] | None = None
     memos: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
 
 
 @final
@@ -180,9 +182,9 @@ def patch_output(call: Call, name: str) -> Any:
             return None
         assert call.shown is not None, "the stack ran its blocks without being called itself"
         assert call.prompt is not None, "noted together with what is shown"
-        return patch(
-            module, args[0], output, Seen(call.shown.mask, call.prompt, call.memos.setdefault(name, {}))
-        )
+        seen = Seen(call.shown.mask, call.prompt, call.memos.setdefault(name, {}), call.shared)
+        with plain_linears():  # what a patch multiplies by may be in training
+            return patch(module, args[0], output, seen)
 
     return hook
 

@@ -28,7 +28,7 @@ def fast_linears() -> Iterator[None]:
 
     Everything else is left as it is: other devices and precisions, quantized weights, and torch builds
     without oneDNN. Gradients flow to the layer's input alone, never to weights or bias; a layer whose weights
-    somebody wants gradients of does not belong inside.
+    somebody wants gradients of does not belong inside, or else in `plain_linears`.
     """
     kernel = _kernel()
     if kernel is None or _inside.get():
@@ -42,12 +42,23 @@ def fast_linears() -> Iterator[None]:
         _inside.reset(token)
 
 
+@contextlib.contextmanager
+def plain_linears() -> Iterator[None]:
+    """Inside `fast_linears`, runs linear layers as torch has them, with gradients for their weights."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
 def has_fast_linears() -> bool:
     """Whether `fast_linears` changes anything on this machine."""
     return _kernel() is not None
 
 
 _inside: ContextVar[bool] = ContextVar("baft_fast_linears", default=False)
+_plain: ContextVar[bool] = ContextVar("baft_plain_linears", default=False)
 
 
 @cache
@@ -77,7 +88,7 @@ class _Rerouted(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is functional.linear and _fits(*args, **kwargs):
+        if func is functional.linear and not _plain.get() and _fits(*args, **kwargs):
             return _linear(self._kernel, *args, **kwargs)
         return func(*args, **kwargs)
 

@@ -6,7 +6,7 @@ weights are never touched, so that taking a patch away is exact, and the host st
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -27,11 +27,13 @@ class Seen:
         edited: Those that the positions of the edited model name, `[batch, pos]`.
         prompt: Those of the prompts, without padding; all real ones where the prompts' ends are unknown.
         memo: Where a patch may keep what it needs until the end of the call, or of the generation.
+        shared: The same for all patches of the call together: where one leaves what another needs.
     """
 
     edited: Bool[Tensor, "batch pos"]
     prompt: Bool[Tensor, "batch pos"]
     memo: dict[str, Any]
+    shared: dict[str, Any] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -171,6 +173,34 @@ def down_projection(model: nn.Module, layer: int) -> str:
             "one was expected: this method edits that one"
         )
     return names[id(found[0])]
+
+
+def up_projection(model: nn.Module, layer: int) -> str:
+    """The name of the module by which a block's feed-forward part reads the hidden state.
+
+    It stands beside the down-projection and takes a hidden state; where there are two (one of them gates the
+    other), the last.
+
+    Raises:
+        ConfigError: If the host has no such layer.
+        UnsupportedHostError: If the block has no such module (a mixture of experts).
+    """
+    down = down_projection(model, layer)
+    d_model, _ = weight_shape(model.get_submodule(down))
+    part, _, name = down.rpartition(".")
+    found: list[str] = []
+    for other, module in model.get_submodule(part).named_children():
+        try:
+            _, d_in = weight_shape(module)
+        except UnsupportedHostError:
+            continue
+        if d_in == d_model and other != name:
+            found.append(f"{part}.{other}")
+    if not found:
+        raise UnsupportedHostError(
+            f"layer {layer} of this host has no up-projection beside {down}: this method edits that one"
+        )
+    return found[-1]
 
 
 def _is_inside(module: nn.Module, others: Sequence[nn.Module]) -> bool:

@@ -17,7 +17,7 @@ from baft.errors import EditError
 from baft.hosts.passes import FullPass, Predictions
 from baft.methods.base import EditOutcome, OnStep
 from baft.methods.optimizer import DescentConfig
-from baft.methods.training import TrainingResult, broke_down, met_stop_rule, row_margins
+from baft.methods.training import Stopped, TrainingResult, broke_down, met_stop_rule, row_margins
 from baft.nn.losses import target_cross_entropy
 from baft.types import EditRequest
 
@@ -39,12 +39,15 @@ class Descent:
         config: How fast and until when.
         loss: What is minimized; the targets' cross-entropy if left out.
         constrain: Called after every step, without gradients: brings parameters back to where they may be.
+        at_rest: Where the pass is noisy in training (dropout), the same without: what has the last word on
+            whether the stop rule is met, and tells the margins.
     """
 
     parameters: Sequence[Tensor]
     config: DescentConfig
     loss: Loss | None = None
     constrain: Callable[[], None] | None = None
+    at_rest: Callable[[], Predictions] | None = None
 
     def run(self, shown: FullPass, on_step: OnStep | None = None) -> TrainingResult:
         """Trains until the stop rule is met.
@@ -62,8 +65,10 @@ class Descent:
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise broke_down(self.config, step, losses[-1])
-            margins = row_margins(seen.logits.detach(), shown)
-            stopped = met_stop_rule(self.config, step, cross_entropy.item(), margins.min().item())
+            stopped, margins = self._stopped(step, shown, seen.logits.detach())
+            if stopped is not None and self.at_rest is not None:
+                with torch.no_grad():
+                    stopped, margins = self._stopped(step, shown, self.at_rest().logits)
             if stopped is not None:
                 return TrainingResult(tuple(margins.tolist()), tuple(losses), step, stopped)
             found = torch.autograd.grad(loss, list(self.parameters), allow_unused=True)
@@ -80,6 +85,14 @@ class Descent:
             if on_step is not None:
                 on_step(step + 1, self.config.max_steps, losses[-1])
         raise AssertionError("the last step always stops")
+
+    def _stopped(
+        self, step: int, shown: FullPass, logits: Float[Tensor, "token vocab"]
+    ) -> tuple[Stopped | None, Float[Tensor, " row"]]:
+        """Why it stops here, or None, and the margins of all texts."""
+        margins = row_margins(logits, shown)
+        cross_entropy = target_cross_entropy(logits, shown.targets, shown.rows).item()
+        return met_stop_rule(self.config, step, cross_entropy, margins.min().item()), margins
 
 
 def outcome_of(request: EditRequest, result: TrainingResult, n_rows: int, seconds_s: float) -> EditOutcome:

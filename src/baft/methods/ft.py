@@ -37,6 +37,7 @@ from baft.methods.descent import Descent, outcome_of
 from baft.methods.optimizer import DescentConfig
 from baft.methods.stateful import Layout, State, StatefulEditor
 from baft.methods.texts import renderings
+from baft.nn.losses import target_cross_entropy
 from baft.types import EditRequest
 
 DELTA = "delta"
@@ -47,8 +48,8 @@ class FtConfig(DescentConfig):
     """Settings of `ft-l` and `ft-m`.
 
     Args:
-        layer: The decoder block whose down-projection is trained, counted from 0; None for the published
-            layer 21 of 32, moved to the host's depth.
+        layer: The decoder block whose down-projection is trained, counted from 0, or None.
+        depth: Where that is None, the block at this share of the host's depth; the published one is 21 of 32.
         objective: What is minimized: the target's tokens where they stand, or all of them at the last prompt
             token.
         norm_bound: Most that any number of the weight may move in all, or None for no bound.
@@ -60,6 +61,7 @@ class FtConfig(DescentConfig):
     """
 
     layer: int | None = None
+    depth: float = 21 / 32
     objective: Literal["target", "last_prompt"] = "target"
     norm_bound: float | None = None
     chat: bool = False
@@ -67,6 +69,8 @@ class FtConfig(DescentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.depth <= 1:
+            raise ConfigError(f"depth must be at least 0 and at most 1, got {self.depth}")
         if self.norm_bound is not None and not (math.isfinite(self.norm_bound) and self.norm_bound > 0):
             raise ConfigError(f"norm_bound must be a positive number or None, got {self.norm_bound}")
 
@@ -97,7 +101,8 @@ class FtEditor(StatefulEditor):
         self.trains_eos = config.train_eos
         architecture = find_architecture(host.model)
         n_layers = architecture.n_layers
-        layer = min(n_layers - 1, int(21 * n_layers / 32 + 0.5)) if config.layer is None else config.layer
+        at_depth = min(n_layers - 1, int(config.depth * n_layers + 0.5))
+        layer = at_depth if config.layer is None else config.layer
         self.sites = (Site(layer),)
         self.module = down_projection(host.model, layer)
         self.encoder = Encoder.for_host(host, max_tokens=architecture.max_positions)
@@ -150,10 +155,7 @@ def _at_the_last_prompt_token(shown: FullPass, seen: Predictions) -> Float[Tenso
     """Minus the mean log-probability of all target tokens of a text at its last prompt token, over texts."""
     n_rows = int(shown.rows.max()) + 1
     first = torch.searchsorted(shown.rows.contiguous(), torch.arange(n_rows, device=shown.rows.device))
-    logprobs = torch.log_softmax(seen.logits[first].float(), -1)
-    of_tokens = -logprobs[shown.rows, shown.targets]
-    counts = shown.rows.bincount().to(of_tokens)
-    return (of_tokens.new_zeros(n_rows).index_add(0, shown.rows, of_tokens) / counts).mean()
+    return target_cross_entropy(seen.logits[first][shown.rows], shown.targets, shown.rows)
 
 
 class FtLEditor(FtEditor):
