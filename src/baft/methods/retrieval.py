@@ -1,7 +1,7 @@
 """`retrieval`: stored edits are looked up, and the one that a prompt is about is put into it as text.
 
 The baseline that parameter edits are measured against in the comparisons of WikiBigEdit (arXiv 2503.05683)
-and of "Revisiting parameter-based knowledge editing" (arXiv 2606.00570). Neither fixes a way of looking up for
+and of "Revisiting parameter-based knowledge editing" (arXiv 2606.00570). Neither fixes how to look up for
 hosts of this size; ours is:
 
 1. Keys. `bm25`: the words of an edit's prompt, weighed by BM25 (`bm25.py`) as shares of the edit's score for
