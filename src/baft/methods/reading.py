@@ -1,5 +1,6 @@
 """What methods share that edit by text put into the prompt: what is stored, put in, and measured."""
 
+import re
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from baft.errors import DamagedArtifactError
@@ -18,6 +20,7 @@ from baft.hosts.passes import Targets
 from baft.hosts.prompting import Insertion, Row
 from baft.hosts.turns import Turns
 from baft.methods.base import Capability, EditOutcome, OnStep
+from baft.methods.bm25 import Bm25, shares, words
 from baft.methods.stateful import AdditiveEditor, State
 from baft.methods.texts import renderings
 from baft.nn.losses import target_margins
@@ -178,3 +181,39 @@ class ReadingEditor(AdditiveEditor):
         width = max(1, *(len(row) for row in rows)) if rows else 1
         filled = [[*row, *[_NONE] * (width - len(row))] for row in rows]
         return torch.tensor(filled, dtype=torch.long, device=input_device(self.host.model))
+
+
+def edit_shares(edit: Edit, bm25: Bm25, subject_weight: float) -> dict[str, float]:
+    """What each word of an edit's prompt adds to its score, as a share of the score for itself.
+
+    Args:
+        edit: The edit.
+        bm25: The word weights.
+        subject_weight: The least share of the words of its subject, which is guessed where it is not given.
+    """
+    text = edit.prompt
+    subject = guessed_subject(text) if edit.subject is None else edit.subject
+    if not set(words(subject)) & set(words(text)):  # a prompt that does not name what it is about
+        text = f"{text} {subject}"
+    return shares(bm25.weights(text), set(words(subject)), subject_weight)
+
+
+def latest_best(scores: Float[Tensor, " edit"]) -> int:
+    """The number of the highest score, the last of equals."""
+    return len(scores) - 1 - int(scores.flip(0).argmax())
+
+
+def statement(edit: Edit) -> str:
+    """An edit as a sentence."""
+    seam = "" if edit.prompt[-1:].isspace() or edit.target[:1].isspace() else " "
+    return f"{edit.prompt}{seam}{edit.target.rstrip()}".rstrip(".") + "."
+
+
+def guessed_subject(prompt: str) -> str:
+    """What a prompt is probably about where nobody says it: its longest run of capitalized words or numbers.
+
+    The first word counts only if others follow it in its run. Empty where there is no such run.
+    """
+    runs = re.findall(r"(?:[^\W\d_a-z][\w'’.-]*|\d[\w.-]*)(?:\s+(?:[^\W\d_a-z][\w'’.-]*|\d[\w.-]*))*", prompt)
+    first = prompt.split(maxsplit=1)[0] if prompt.split() else ""
+    return max((run for run in runs if run != first), key=len, default="")

@@ -17,7 +17,6 @@ hosts of this size; ours is:
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,8 +29,8 @@ from baft.errors import ConfigError
 from baft.hosts.background import background_text
 from baft.hosts.models import Host
 from baft.hosts.prompting import Row
-from baft.methods.bm25 import Bm25, Index, shares, words
-from baft.methods.reading import Reader, ReadingEditor
+from baft.methods.bm25 import Bm25, Index, words
+from baft.methods.reading import Reader, ReadingEditor, edit_shares, latest_best, statement
 from baft.methods.stateful import Layout, State
 from baft.methods.states import StateKeys
 from baft.types import Edit, EditRequest
@@ -156,11 +155,7 @@ class RetrievalEditor(ReadingEditor):
         return Reader(self.encoder, self.turns, find, raw, chat, self._limit)
 
     def _shares(self, edit: Edit) -> dict[str, float]:
-        text = edit.prompt
-        subject = guessed_subject(text) if edit.subject is None else edit.subject
-        if not set(words(subject)) & set(words(text)):  # a prompt that does not name what it is about
-            text = f"{text} {subject}"
-        return shares(self._bm25.weights(text), set(words(subject)), self.config.subject_weight)
+        return edit_shares(edit, self._bm25, self.config.subject_weight)
 
     def _thresholds(self, scores: Tensor) -> Tensor:
         """One for each edit, given the scores that background prompts reach, `[prompt, edit]`."""
@@ -190,10 +185,7 @@ class RetrievalEditor(ReadingEditor):
 def best(scores: Tensor, thresholds: Tensor) -> int | None:
     """The best of the edits whose score exceeds their threshold, the latest of equals; None if none does."""
     passed = scores.cpu() > thresholds
-    if not bool(passed.any()):
-        return None
-    left = torch.where(passed, scores.cpu(), -torch.inf)
-    return len(left) - 1 - int(left.flip(0).argmax())
+    return latest_best(torch.where(passed, scores.cpu(), -torch.inf)) if bool(passed.any()) else None
 
 
 def conformal_threshold(scores: Tensor, rate: float) -> Tensor:
@@ -211,19 +203,3 @@ def conformal_threshold(scores: Tensor, rate: float) -> Tensor:
     if rank > n:
         return torch.full_like(scores[0], torch.inf)
     return scores.sort(0).values[rank - 1]
-
-
-def statement(edit: Edit) -> str:
-    """An edit as a sentence."""
-    seam = "" if edit.prompt[-1:].isspace() or edit.target[:1].isspace() else " "
-    return f"{edit.prompt}{seam}{edit.target.rstrip()}".rstrip(".") + "."
-
-
-def guessed_subject(prompt: str) -> str:
-    """What a prompt is probably about where nobody says it: its longest run of capitalized words or numbers.
-
-    The first word counts only if others follow it in its run. Empty where there is no such run.
-    """
-    runs = re.findall(r"(?:[^\W\d_a-z][\w'’.-]*|\d[\w.-]*)(?:\s+(?:[^\W\d_a-z][\w'’.-]*|\d[\w.-]*))*", prompt)
-    first = prompt.split(maxsplit=1)[0] if prompt.split() else ""
-    return max((run for run in runs if run != first), key=len, default="")
