@@ -139,7 +139,8 @@ class IkeEditor(ReadingEditor):
             facts = [self.encoder.inner(_new_fact(edit)) for edit in edits]
             shown = [self._shown(one, kind, how) for several in near for one, kind in several]
             found[f"{how}.facts"] = self.table(facts)
-            found[f"{how}.demonstrations"] = self.table(shown).view(len(edits), len(near[0]), -1)
+            table = self.table(shown)
+            found[f"{how}.demonstrations"] = table.view(len(edits), len(near[0]), table.shape[1])
         return found
 
     def layout(self, requests: Sequence[EditRequest], state: State) -> Layout:

@@ -170,7 +170,7 @@ class ReadingEditor(AdditiveEditor):
         found: list[list[Row]] = []
         for i in range(n_requests):
             tensor = state[f"{i}.{name}"]
-            if tensor.dtype != torch.long or int(tensor.max()) >= n_tokens or int(tensor.min()) < _NONE:
+            if tensor.dtype != torch.long or bool(((tensor < _NONE) | (tensor >= n_tokens)).any()):
                 raise DamagedArtifactError(f"tensor '{i}.{name}' holds numbers that are no tokens")
             table = tensor.tolist() if tensor.ndim == 3 else tensor.unsqueeze(1).tolist()
             found += [[tuple(t for t in piece if t != _NONE) for piece in pieces] for pieces in table]
@@ -178,9 +178,10 @@ class ReadingEditor(AdditiveEditor):
 
     def table(self, rows: Sequence[Row]) -> Tensor:
         """Rows as one table, `[row, longest]`, filled up with -1."""
-        width = max(1, *(len(row) for row in rows)) if rows else 1
+        width = max((len(row) for row in rows), default=0)
         filled = [[*row, *[_NONE] * (width - len(row))] for row in rows]
-        return torch.tensor(filled, dtype=torch.long, device=input_device(self.host.model))
+        found = torch.tensor(filled, dtype=torch.long, device=input_device(self.host.model))
+        return found.view(len(rows), width)
 
 
 def edit_shares(edit: Edit, bm25: Bm25, subject_weight: float) -> dict[str, float]:

@@ -19,7 +19,6 @@ hosts of this size; ours is:
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -104,6 +103,8 @@ class RetrievalEditor(ReadingEditor):
         super().__init__(host, config, seed=seed)
         self._states = StateKeys(host, self.encoder, config.layer)
         self.sites = (self._states.site,) if config.keys == "states" else ()
+        text = background_text()
+        self._bm25 = Bm25([*text["sentences"], *text["prompts"]], k1=config.k1, b=config.b)
 
     def store(self, edits: Sequence[Edit]) -> Mapping[str, Tensor]:
         """Tokens of what is put in, thresholds, and with `states` the keys."""
@@ -162,11 +163,6 @@ class RetrievalEditor(ReadingEditor):
         if self.config.threshold is not None:
             return torch.full((scores.shape[1],), self.config.threshold, dtype=torch.float64)
         return conformal_threshold(scores, self.config.false_fire_rate)
-
-    @cached_property
-    def _bm25(self) -> Bm25:
-        text = background_text()
-        return Bm25([*text["sentences"], *text["prompts"]], k1=self.config.k1, b=self.config.b)
 
     def _raw(self, edit: Edit) -> Row:
         if self.config.form == "statement":
