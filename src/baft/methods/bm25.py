@@ -61,6 +61,10 @@ class Bm25:
         n = self._n_with[word]
         return math.log1p((self.n_texts - n + 0.5) / (n + 0.5))
 
+    def is_common(self, word: str) -> bool:
+        """Whether more than 1.5 % of the collection's texts hold a word."""
+        return self._n_with[word] > 0.015 * self.n_texts
+
     def weights(self, text: str) -> dict[str, float]:
         """What each word of a stored text adds to the score of a query that holds it."""
         found = words(text)

@@ -193,7 +193,7 @@ def edit_shares(edit: Edit, bm25: Bm25, subject_weight: float) -> dict[str, floa
         subject_weight: The least share of the words of its subject, which is guessed where it is not given.
     """
     text = edit.prompt
-    subject = guessed_subject(text) if edit.subject is None else edit.subject
+    subject = guessed_subject(text, bm25) if edit.subject is None else edit.subject
     if not set(words(subject)) & set(words(text)):  # a prompt that does not name what it is about
         text = f"{text} {subject}"
     return shares(bm25.weights(text), set(words(subject)), subject_weight)
@@ -210,11 +210,18 @@ def statement(edit: Edit) -> str:
     return f"{edit.prompt}{seam}{edit.target.rstrip()}".rstrip(".") + "."
 
 
-def guessed_subject(prompt: str) -> str:
+_NAME = r"(?:[^\W\d_a-z][\w'’.-]*|\d[\w.-]*)"
+_NAMES = re.compile(rf"{_NAME}(?:\s+{_NAME})*")
+
+
+def guessed_subject(prompt: str, bm25: Bm25) -> str:
     """What a prompt is probably about where nobody says it: its longest run of capitalized words or numbers.
 
-    The first word counts only if others follow it in its run. Empty where there is no such run.
+    A first word that is common, such as "The" or "Which", is none of it. Empty where there is no such run.
     """
-    runs = re.findall(r"(?:[^\W\d_a-z][\w'’.-]*|\d[\w.-]*)(?:\s+(?:[^\W\d_a-z][\w'’.-]*|\d[\w.-]*))*", prompt)
-    first = prompt.split(maxsplit=1)[0] if prompt.split() else ""
-    return max((run for run in runs if run != first), key=len, default="")
+    runs = [re.sub(r"['’]s$", "", run) for run in _NAMES.findall(prompt)]
+    if runs and prompt.lstrip().startswith(runs[0]):
+        first, _, others = runs[0].partition(" ")
+        if any(bm25.is_common(word) for word in words(first)):
+            runs[0] = others.strip()
+    return max(runs, key=len, default="")

@@ -45,6 +45,7 @@ class RetrievalConfig:
             `false_fire_rate`.
         false_fire_rate: The share of prompts like the background's that an edit may be put into.
         form: What is put in: an earlier answer, or a statement.
+        repeats: How many times; small hosts copy what they have seen copied.
         subject_weight: The least share that the words of the subject have in an edit's score, from 0 to 1.
         k1: BM25's: how slowly a word's repetition stops counting.
         b: BM25's: how far long texts are weighed down.
@@ -60,6 +61,7 @@ class RetrievalConfig:
     threshold: float | None = 0.6
     false_fire_rate: float = 0.01
     form: Literal["answer", "statement"] = "answer"
+    repeats: int = 1
     subject_weight: float = 0.7
     k1: float = 1.2
     b: float = 0.75
@@ -74,6 +76,8 @@ class RetrievalConfig:
             raise ConfigError(f"false_fire_rate must be between 0 and 1, got {self.false_fire_rate}")
         if not 0 <= self.subject_weight <= 1:
             raise ConfigError(f"subject_weight must be between 0 and 1, got {self.subject_weight}")
+        if self.repeats < 1:
+            raise ConfigError(f"repeats must be at least 1, got {self.repeats}")
         if self.window < 1:
             raise ConfigError(f"window must be at least 1 word, got {self.window}")
 
@@ -108,9 +112,10 @@ class RetrievalEditor(ReadingEditor):
 
     def store(self, edits: Sequence[Edit]) -> Mapping[str, Tensor]:
         """Tokens of what is put in, thresholds, and with `states` the keys."""
-        found = {"raw": self.table([self._raw(edit) for edit in edits])}
+        n = self.config.repeats
+        found = {"raw": self.table([self._raw(edit) * n for edit in edits])}
         if self.encoder.has_chat:
-            found["chat"] = self.table([self._chat(edit) for edit in edits])
+            found["chat"] = self.table([self._chat(edit) * n for edit in edits])
         if self.config.keys == "states":
             found["keys"] = self._states.keys([edit.prompt for edit in edits])
             scores = self._states.reached(found["keys"])
