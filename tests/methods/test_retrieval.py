@@ -75,16 +75,17 @@ def test_an_answer_is_put_in_as_one_that_was_given_before(editor):
     row = encoder.prompt("The capital of France is")
     [one] = editor.edited.prompter([row])
     text = encoder.edit(edit.prompt, edit.target, eos=True)
-    assert one.into(row) == (*text.prompt_ids, *text.target_ids, *encoder.inner("\n"), *row[1:])
+    answered = (*text.prompt_ids[1:], *text.target_ids, *encoder.inner("\n"))
+    assert one.into(row) == (*row[:1], *answered * 3, *row[1:])
     user, reply = {"role": "user", "content": edit.prompt}, {"role": "assistant", "content": edit.target}
     row = encoder.chat([user])
     [one] = editor.edited.prompter([row])
-    assert one.into(row) == encoder.chat([user, reply, user])
+    assert one.into(row) == encoder.chat([*[user, reply] * 3, user])
 
 
 @torch.no_grad()
 def test_a_statement_is_put_in_before_the_user_s_words(host):
-    editor = RetrievalEditor(host, RetrievalConfig(form="statement"))
+    editor = RetrievalEditor(host, RetrievalConfig(form="statement", repeats=1))
     editor.apply(EditRequest(EDITS[:1]))
     encoder = Encoder.for_host(host)
     for is_chat in (False, True):
@@ -205,7 +206,7 @@ def test_a_key_is_the_mean_of_the_states_by_hand(host):
 def test_a_short_context_leaves_out_what_does_not_fit():
     model = tiny_host("gpt2")  # 64 tokens, one for each letter
     host = Host("short", model, tiny_tokenizer(chat_template=CHATML), "a tiny random GPT-2")
-    editor = RetrievalEditor(host, RetrievalConfig(chat=False))
+    editor = RetrievalEditor(host, RetrievalConfig(chat=False, repeats=1))
     editor.apply(EditRequest((Edit("The tower of Pisa is in", "Oslo"),)))
     assert read(editor, "The tower of Pisa is in") is None  # 57 tokens, more than three quarters of 64
     editor.apply(EditRequest((Edit("Pisa is in", "Rome"),)))
@@ -245,7 +246,9 @@ def test_statements():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"threshold": 1.5}, {"false_fire_rate": 0.0}, {"subject_weight": 2.0}, {"window": 0}], ids=str
+    "bad",
+    [{"threshold": 1.5}, {"false_fire_rate": 0.0}, {"subject_weight": 2.0}, {"window": 0}, {"repeats": 0}],
+    ids=str,
 )
 def test_bad_settings_are_refused(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):

@@ -61,7 +61,7 @@ class RetrievalConfig:
     threshold: float | None = 0.6
     false_fire_rate: float = 0.01
     form: Literal["answer", "statement"] = "answer"
-    repeats: int = 1
+    repeats: int = 3
     subject_weight: float = 0.7
     k1: float = 1.2
     b: float = 0.75
@@ -98,7 +98,7 @@ class RetrievalEditor(ReadingEditor):
     summary: ClassVar[str] = "the stored edit that a prompt is about is put into it as text, or nothing is"
     presets: ClassVar[Mapping[str, RetrievalConfig]] = {
         "default": RetrievalConfig(),
-        "paper": RetrievalConfig(threshold=None, subject_weight=0.0, form="statement"),
+        "paper": RetrievalConfig(threshold=None, subject_weight=0.0, form="statement", repeats=1),
         "states": RetrievalConfig(keys="states", threshold=None),
     }
     config: RetrievalConfig
