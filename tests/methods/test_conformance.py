@@ -12,6 +12,7 @@ from baft.errors import DamagedArtifactError, UndoError, UnknownNameError
 from baft.hosts.encoding import Encoder
 from baft.methods.baft import BaftEditor
 from baft.methods.base import Capability, Editor, methods
+from baft.nn.losses import target_margins
 from baft.types import Edit, EditRequest
 
 PRESETS = [(name, preset) for name in methods.names() for preset in methods.get(name).presets]
@@ -54,7 +55,10 @@ OF_ONE_TOKEN = (
     EditRequest((Edit("Paris is in ", "B"), Edit("Nine hats of ", "C"), Edit("A river ", "d"))),
     EditRequest((Edit("The king of France was ", "A"),), unrelated=("The king of Spain was",)),
 )
-NOT_RANDOM = {"ft-l", "ft-m"}
+# Methods that put text into the prompt. A random host cannot read, so they are not asked to be decoded but to
+# have put the edit there; and nothing is trained, so there are no steps.
+READ = {"ike", "retrieval"}
+NOT_RANDOM = {"ft-l", "ft-m", *READ}
 ASKED = {"ft-l": OF_ONE_TOKEN}
 PROBES = ("The tower is in the city of", "A river", "Nothing in particular", "The king of France was")
 
@@ -143,16 +147,52 @@ def again(story, n):
 def test_edits_are_decoded_and_say_so(host, story):
     for request, outcome in zip(story.requests, story.outcomes, strict=True):
         assert outcome.edit_ids == tuple(edit.id for edit in request.edits)
+        if story.editor.name in READ:
+            continue
         assert outcome.decoded == (True,) * len(request.edits)
         assert min(outcome.margins) >= 0.7
         assert outcome.stopped == "margin"
     editor, edit = again(story, 1), story.requests[0].edits[0]
+    if story.editor.name in READ:
+        return
     target = Encoder.for_host(host).edit(edit.prompt, edit.target, eos=editor.trains_eos).target_ids
     assert reply(editor, edit.prompt, len(target)) == target
     assert reply(again(story, 0), edit.prompt, len(target)) != target  # control
 
 
+@torch.no_grad()
+def test_what_is_read_is_in_the_prompt(host, story):
+    """The edited model's logits are the host's on the longer prompt, which holds prompt and target."""
+    if story.editor.name not in READ:
+        return
+    encoder = Encoder.for_host(host)
+    for n, request in enumerate(story.requests, start=1):
+        editor, outcome = again(story, n), story.outcomes[n - 1]
+        for i, edit in enumerate(request.edits):
+            margins = []
+            for is_chat in (False, True):
+                text = encoder.edit(edit.prompt, edit.target, chat=is_chat, eos=False)
+                [inside] = editor.edited.prompter([text.prompt_ids])
+                added = encoder.text(inside.ids)
+                assert edit.prompt in added
+                assert edit.target.strip() in added.rpartition(edit.prompt)[2]
+                row = torch.tensor([text.prompt_ids])
+                longer = inside.into(text.prompt_ids)
+                want = host.model(torch.tensor([longer])).logits[0, -1]
+                torch.testing.assert_close(editor.edited(row).logits[0, -1], want, atol=1e-9, rtol=1e-9)
+                assert (want - host.model(row).logits[0, -1]).abs().max() > 1e-3  # control
+                whole = host.model(torch.tensor([longer + text.target_ids[:-1]])).logits[0, len(longer) - 1 :]
+                margins.append(target_margins(whole, torch.tensor(text.target_ids)).min().item())
+            assert outcome.margins[i] == pytest.approx(min(margins), abs=1e-9)
+            assert outcome.decoded[i] == (min(margins) > 0)
+        assert (outcome.n_steps, outcome.losses, outcome.stopped) == (0, (), "closed_form")
+        assert story.steps[n - 1] == []
+        assert outcome.seconds_s > 0
+
+
 def test_the_steps_are_told(story):
+    if story.editor.name in READ:
+        return
     for outcome, steps in zip(story.outcomes, story.steps, strict=True):
         assert outcome.n_steps == len(steps) > 0
         assert [step for step, _, _ in steps] == list(range(1, len(steps) + 1))
@@ -217,7 +257,10 @@ def test_a_saved_state_gives_the_same_bits(story):
         state = editor.state_dict()
         assert state.keys() == story.states[n - 1].keys()
         assert all(torch.equal(state[name], story.states[n - 1][name]) for name in state)
-    changed = {name: tensor + 0.01 for name, tensor in story.states[0].items()}
+    changed = {
+        name: tensor + 0.01 if tensor.is_floating_point() else tensor.flip(-1)  # other numbers, or other text
+        for name, tensor in story.states[0].items()
+    }
     editor.load_state_dict(changed, story.requests[:1])
     assert not torch.equal(logits(editor), story.logits[1])  # control
 
@@ -316,7 +359,9 @@ def test_an_edit_that_breaks_off_changes_nothing(story, where, monkeypatch):
         raise KeyboardInterrupt
 
     puts = iter([interrupt])
-    if where == "loss":
+    if where != "commit" and editor.name in READ:  # there is no step: storing and measuring take their place
+        monkeypatch.setattr(editor, "store" if where == "first step" else "margins", interrupt)
+    elif where == "loss":
         for module in ("training", "descent"):
             monkeypatch.setattr(f"baft.methods.{module}.target_cross_entropy", interrupt)
     elif where == "commit" and isinstance(editor, BaftEditor):  # trained, and half put down

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from baft.errors import InputError
+from baft.errors import ConfigError, InputError
 from baft.hosts.architecture import Site
 from baft.hosts.kernels import plain_linears
 from baft.hosts.patches import Patch, Seen
@@ -67,6 +67,9 @@ class InForce:
         parts: Interventions, by site.
         patches: Changed outputs, by the name of the module in the host.
         prompter: What is put into prompts, or None.
+
+    Raises:
+        ConfigError: If a prompter is to be in force beside others, which would not see what it puts in.
     """
 
     def __init__(
@@ -78,6 +81,8 @@ class InForce:
         self.parts: Mapping[Site, Parts] = {site: tuple(there) for site, there in parts.items()}
         self.patches: Mapping[str, Patch] = dict(patches or {})
         self.prompter = prompter
+        if prompter is not None and (self.patches or any(self.parts.values())):
+            raise ConfigError("a prompter acts alone: take interventions and patches out of force first")
 
     @property
     def is_empty(self) -> bool:

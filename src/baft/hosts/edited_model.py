@@ -201,7 +201,8 @@ class EditedModel:
         arguments.setdefault("disable_compile", True)
         in_force = self._in_force
         if in_force.prompter is not None:
-            return generate_prompted(host.generate, arguments, settings, in_force.prompter)
+            limit = self.architecture.max_positions
+            return generate_prompted(host.generate, arguments, settings, in_force.prompter, limit)
         window = self.window(input_ids, mask.bool(), mask.sum(-1))
         call = Call(window, in_force.parts, None, self._stack, in_force.fused, in_force.patches)
         with self._hooks(call):
@@ -235,7 +236,10 @@ class EditedModel:
             real = _checked_mask(mask, total).bool()[:, :total]
         in_force = self._in_force
         if self.is_enabled and in_force.prompter is not None:
-            return run_prompted(run, given, real, n_prompt_tokens, in_force.prompter)
+            if recording is not None:
+                raise InputError("edits that are put into the prompt leave no states to record: ask without")
+            limit = self.architecture.max_positions
+            return run_prompted(run, given, real, n_prompt_tokens, in_force.prompter, limit)
         window = self.window(ids, real, n_prompt_tokens)
         if self.is_enabled:
             # With gradients it is training, where parts change at every step.

@@ -159,6 +159,10 @@ class Encoder:
             return joint[len(before) :]
         return self._ids(text, special=False)
 
+    def inner(self, text: str) -> tuple[int, ...]:
+        """The ids of a text that goes inside another, no special token added; empty for an empty one."""
+        return self._ids(text, special=False) if text else ()
+
     def end_of_turn(self, *, chat: bool) -> int:
         """The token that ends a text, or a turn where the chat template ends turns with another.
 

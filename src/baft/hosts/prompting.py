@@ -5,7 +5,6 @@ without; the others are run once more, longer. What comes back has the shape tha
 had been put in.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -13,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutput
 
 from baft.errors import GenerationError, InputError
 
@@ -50,8 +50,12 @@ def run_prompted(
     real: Bool[Tensor, "batch pos"],
     n_prompt_tokens: Int[Tensor, " batch"] | None,
     prompter: Prompter,
+    limit: int | None = None,
 ) -> Any:
     """Runs a host on prompts with what belongs into them, and gives the logits of the tokens that were shown.
+
+    Where nothing is put in anywhere, it is the host's own output, whole. Otherwise it holds logits alone; at
+    padding of a row that was made longer they are zero.
 
     Args:
         run: The host.
@@ -59,6 +63,7 @@ def run_prompted(
         real: Which of the tokens are no padding.
         n_prompt_tokens: Real tokens of each row's prompt; None for all of them.
         prompter: Decides what goes into each.
+        limit: Longest row that the host takes; what would make a row longer than that is left out.
 
     Raises:
         InputError: If the host is to go on from a cache or from embeddings, or more than logits is wanted.
@@ -67,6 +72,8 @@ def run_prompted(
     refused = [
         name for name in _WITH_CONTEXT_REFUSED if given.get(name) is not None and given[name] is not False
     ]
+    if given.get("return_dict") is False:
+        refused.append("return_dict=False")
     if ids is None or real.shape != ids.shape or refused:
         what = refused[0] if refused else "a prompt out of a cache" if ids is not None else "no input_ids"
         raise InputError(
@@ -75,30 +82,36 @@ def run_prompted(
         )
     rows = [tuple(row[keep].tolist()) for row, keep in zip(ids, real, strict=True)]
     ends = [len(row) for row in rows] if n_prompt_tokens is None else n_prompt_tokens.tolist()
-    insertions = prompter([row[:end] for row, end in zip(rows, ends, strict=True)])
-    output = run(**given)
-    longer = {i: one.into(rows[i]) for i, one in enumerate(insertions) if one is not None}
-    if not longer:
-        return output
-    with_more = _padded(list(longer.values()), ids, left=False)
-    logits = run(**with_more, use_cache=False).logits
-    found = output.logits.clone()
-    kept = _kept(given.get("logits_to_keep", 0), ids.shape[1])
-    for place, i in enumerate(longer):
-        one = insertions[i]
-        assert one is not None, "else its row had not become longer"
-        columns = real[i].nonzero()[:, 0]
-        moved = torch.arange(len(columns), device=logits.device)
-        moved = torch.where(moved >= one.at, moved + len(one.ids), moved)
-        whole = logits.new_zeros(ids.shape[1], logits.shape[-1]).index_copy(
-            0, columns.to(logits.device), logits[place, moved]
-        )
-        found[i] = whole[kept].to(found)
-    output = copy.copy(output)
-    output.logits = found
-    if "past_key_values" in output:
-        output.past_key_values = None
-    return output
+    insertions = _fitting(prompter([row[:end] for row, end in zip(rows, ends, strict=True)]), rows, limit)
+    if not insertions:
+        return run(**given)
+    n_all, kept = ids.shape[1], given.get("logits_to_keep", 0)
+    columns = torch.arange(n_all, device=real.device)
+    if isinstance(kept, Tensor):
+        columns = columns[kept.to(real.device)]
+    elif kept:
+        columns = columns[-kept:]
+    places = {i: _moved(real[i], columns, one) for i, one in insertions.items()}
+    shown = {
+        "use_cache": False,
+        **_padded([one.into(rows[i]) for i, one in insertions.items()], ids, left=False),
+    }
+    if "logits_to_keep" in given:  # the host can do with fewer
+        needed = torch.cat([place[place >= 0] for place in places.values()]).unique()
+        shown["logits_to_keep"] = needed if len(needed) else torch.zeros_like(columns[:1])
+        places = {
+            i: torch.where(place >= 0, torch.searchsorted(needed, place), place)
+            for i, place in places.items()
+        }
+    logits = run(**shown).logits
+    output = None if len(insertions) == len(rows) else run(**given)
+    of_host = logits.new_zeros(len(rows), len(columns), logits.shape[-1]) if output is None else output.logits
+    found = of_host.clone()
+    for row, (i, place) in enumerate(places.items()):
+        place = place.to(logits.device)
+        own = logits[row, place.clamp(min=0)].masked_fill((place < 0).unsqueeze(-1), 0.0)
+        found[i] = own.to(found)
+    return CausalLMOutput(logits=found)
 
 
 def generate_prompted(
@@ -106,6 +119,7 @@ def generate_prompted(
     arguments: Mapping[str, Any],
     settings: Mapping[str, Any],
     prompter: Prompter,
+    limit: int | None = None,
 ) -> Tensor:
     """Generates after prompts with what belongs into them, and gives prompts as shown, with the replies.
 
@@ -114,44 +128,86 @@ def generate_prompted(
         arguments: Its arguments, with `input_ids` padded on the left and their `attention_mask`.
         settings: What rules the generation.
         prompter: Decides what goes into each prompt.
+        limit: Longest row that the host takes. What would leave no room for a reply is left out; a reply ends
+            where the limit is reached.
 
     Raises:
         GenerationError: If more than token ids is wanted, or it is to go on from a cache.
     """
-    for name in ("return_dict_in_generate", "past_key_values", "streamer"):
-        if settings.get(name):
+    for name in ("return_dict_in_generate", "past_key_values", "streamer", "position_ids", "token_type_ids"):
+        if settings.get(name) is not None and settings[name] is not False:
             raise GenerationError(
                 f"edits that are put into the prompt generate token ids alone, got {name}: generate without "
                 "it, or inside disabled()"
             )
     ids, mask = arguments["input_ids"], arguments["attention_mask"].bool()
     rows = [tuple(row[keep].tolist()) for row, keep in zip(ids, mask, strict=True)]
-    insertions = prompter(rows)
-    longer = {i: one.into(rows[i]) for i, one in enumerate(insertions) if one is not None}
-    plain = generate(**arguments) if len(longer) < len(rows) else None
-    if not longer:
-        assert isinstance(plain, Tensor), "generated above, and more than ids was refused"
-        return plain
-    batch = _padded(list(longer.values()), ids, left=True)
-    n_more = batch["input_ids"].shape[1] - ids.shape[1]
-    others = {name: value for name, value in arguments.items() if name not in batch}
-    if others.get("max_length") is not None:
-        others["max_length"] += n_more
-    replies = generate(**others, **batch)[:, batch["input_ids"].shape[1] :]
-    n_each = len(replies) // len(longer)
-    of_row: dict[int, Tensor] = {}
-    for place, i in enumerate(longer):
-        of_row[i] = replies[place * n_each : (place + 1) * n_each]
-    for i in range(len(rows)):
-        if plain is not None and i not in of_row:
-            of_row[i] = plain[i * n_each : (i + 1) * n_each, ids.shape[1] :]
-    width = max(one.shape[1] for one in of_row.values())
-    found = ids.new_full((len(rows) * n_each, ids.shape[1] + width), int(settings.get("pad_token_id") or 0))
-    for i in range(len(rows)):
-        here = slice(i * n_each, (i + 1) * n_each)
-        found[here, : ids.shape[1]] = ids[i]
-        found[here, ids.shape[1] : ids.shape[1] + of_row[i].shape[1]] = of_row[i]
+    room = None if limit is None else limit - 1
+    insertions = _fitting(prompter(rows), rows, room)
+    width = ids.shape[1]
+    n_new = settings.get("max_new_tokens")
+    if n_new is None and settings.get("max_length") is not None:
+        n_new = settings["max_length"] - width
+    if not insertions or (n_new is not None and n_new < 1):  # what is wrong then, the host says
+        whole = generate(**arguments)
+        assert isinstance(whole, Tensor), "more than ids was refused"
+        return whole
+    # The rows as they were given run as they would by themselves: another batch would round otherwise.
+    plain = generate(**arguments)[:, width:] if len(insertions) < len(rows) else None
+    longer = {i: one.into(rows[i]) for i, one in insertions.items()}
+    longest = max(len(row) for row in longer.values())
+    if n_new is not None and limit is not None and longest + n_new > limit:
+        batches = [[i] for i in longer]  # or a long row would cut the replies of others short
+    else:
+        batches = [list(longer)]
+    replies: dict[int, Tensor] = {}
+    for batch in batches:
+        shown = _padded([longer[i] for i in batch], ids, left=True)
+        begin = shown["input_ids"].shape[1]
+        others = {name: value for name, value in arguments.items() if name not in (*shown, "max_length")}
+        if n_new is not None:
+            others["max_new_tokens"] = n_new if limit is None else min(n_new, limit - begin)
+        if settings.get("min_length"):
+            others["min_length"] = settings["min_length"] + begin - width
+        made = generate(**others, **shown)[:, begin:]
+        replies |= dict(zip(batch, made.chunk(len(batch)), strict=True))
+    if plain is not None:
+        of_rows = plain.chunk(len(rows))
+        replies = {i: replies.get(i, of_rows[i]) for i in range(len(rows))}
+    return _rejoined(ids, [replies[i] for i in range(len(rows))], settings)
+
+
+def _rejoined(
+    ids: Int[Tensor, "batch pos"], replies: Sequence[Tensor], settings: Mapping[str, Any]
+) -> Int[Tensor, "reply total"]:
+    """Prompts as they were shown, each with its replies; what is shorter than others is filled up."""
+    pad, eos = settings.get("pad_token_id"), settings.get("eos_token_id")
+    if pad is None:  # the host's own choice
+        pad = eos[0] if isinstance(eos, list | tuple) else eos
+    n_each, width = len(replies[0]), max(one.shape[1] for one in replies)
+    found = ids.new_full((len(ids) * n_each, ids.shape[1] + width), int(pad or 0))
+    found[:, : ids.shape[1]] = ids.repeat_interleave(n_each, 0)
+    for i, one in enumerate(replies):
+        found[i * n_each : (i + 1) * n_each, ids.shape[1] : ids.shape[1] + one.shape[1]] = one
     return found
+
+
+def _fitting(
+    wanted: Sequence[Insertion | None], rows: Sequence[Row], limit: int | None
+) -> dict[int, Insertion]:
+    """What is put in, by row; not what would make a row longer than the limit."""
+    return {
+        i: one
+        for i, (one, row) in enumerate(zip(wanted, rows, strict=True))
+        if one is not None and one.ids and (limit is None or len(row) + len(one.ids) <= limit)
+    }
+
+
+def _moved(real: Bool[Tensor, " pos"], columns: Int[Tensor, " kept"], one: Insertion) -> Int[Tensor, " kept"]:
+    """Where the tokens of some columns stand in the longer row; -1 for padding."""
+    place = real.long().cumsum(0) - 1
+    place = torch.where(place >= one.at, place + len(one.ids), place)
+    return torch.where(real, place, -1)[columns]
 
 
 _WITH_CONTEXT_REFUSED = (
@@ -162,13 +218,6 @@ _WITH_CONTEXT_REFUSED = (
     "position_ids",
     "cache_position",
 )
-
-
-def _kept(logits_to_keep: int | Tensor, width: int) -> Any:
-    """Which of a row's logits the host was asked for; 0 for all."""
-    if isinstance(logits_to_keep, Tensor):
-        return logits_to_keep
-    return slice(width - logits_to_keep if logits_to_keep else 0, width)
 
 
 def _padded(rows: Sequence[Row], like: Tensor, *, left: bool) -> dict[str, Tensor]:
