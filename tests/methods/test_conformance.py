@@ -42,15 +42,19 @@ OF_ONE_TOKEN = (
     EditRequest((Edit("The king of France was ", "A"),), unrelated=("The king of Spain was",)),
 )
 NOT_RANDOM = {"ft-l", "ft-m"}
-ASKED = {"ft-l": OF_ONE_TOKEN}
-PROBES = ("The tower is in the city of", "A river", "Nothing in particular", "The king of France was")
+ASKED = {"ft-l": OF_ONE_TOKEN, "grace": OF_ONE_TOKEN}
+# One vector at the last prompt token says one token, where the layers behind it are random.
+OTHERWISE = {"grace": {"learning_rate": 0.2, "train_eos": False}}
+# With a space behind, they show every prompt's last token with and without one.
+PROBES = ("The tower is in the city of ", "A river ", "Nothing in particular", "The king of France was ")
 
 
 def make(host, method, preset, *, seed=0, **settings):
     kind = methods.get(method)
     config = kind.preset(preset)
     known = {one.name for one in dataclasses.fields(config)}
-    changes = {name: value for name, value in {**QUICK, **settings}.items() if name in known}
+    asked = {**QUICK, **OTHERWISE.get(method, {}), **settings}
+    changes = {name: value for name, value in asked.items() if name in known}
     return kind(host, dataclasses.replace(config, **changes), seed=seed)
 
 
