@@ -43,8 +43,14 @@ OF_ONE_TOKEN = (
 )
 NOT_RANDOM = {"ft-l", "ft-m"}
 ASKED = {"ft-l": OF_ONE_TOKEN, "grace": OF_ONE_TOKEN}
-# One vector at the last prompt token says one token, where the layers behind it are random.
-OTHERWISE = {"grace": {"learning_rate": 0.2, "train_eos": False}}
+# On a random host one vector at the last prompt token says one token, and states of all texts are alike.
+OTHERWISE = {
+    "grace": {"learning_rate": 0.2, "train_eos": False},
+    "wise": {
+        **{"alpha": 50.0, "beta": 0.1, "gamma": 1e-3, "norm_bound": None, "n_openings": 0},
+        **{"layer": 0, "mask_ratio": 0.9, "learning_rate": 0.1, "optimizer": "adam"},
+    },
+}
 # With a space behind, they show every prompt's last token with and without one.
 PROBES = ("The tower is in the city of ", "A river ", "Nothing in particular", "The king of France was ")
 
