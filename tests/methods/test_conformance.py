@@ -47,8 +47,8 @@ ASKED = {"ft-l": OF_ONE_TOKEN, "grace": OF_ONE_TOKEN}
 OTHERWISE = {
     "grace": {"learning_rate": 0.2, "train_eos": False},
     "wise": {
-        **{"alpha": 50.0, "beta": 0.1, "gamma": 1e-3, "norm_bound": None, "n_openings": 0},
-        **{"layer": 0, "mask_ratio": 0.9, "learning_rate": 0.1, "optimizer": "adam"},
+        **{"alpha": 50.0, "beta": 0.1, "gamma": 1e-3, "norm_bound": None, "n_openings": 0, "n_irrelevant": 1},
+        **{"mask_ratio": 0.98, "learning_rate": 0.1, "optimizer": "adam"},
     },
 }
 # With a space behind, they show every prompt's last token with and without one.

@@ -70,8 +70,9 @@ class Descent:
                 raise broke_down(self.config, step, losses[-1])
             margins = row_margins(seen.logits.detach(), shown)
             stopped = met_stop_rule(self.config, step, cross_entropy.item(), margins.min().item())
-            last = step == self.config.max_steps
-            if stopped is not None and (last or self.may_stop is None or self.may_stop()):
+            if stopped is not None and self.may_stop is not None and not self.may_stop():
+                stopped = "max_steps" if step == self.config.max_steps else None
+            if stopped is not None:
                 return TrainingResult(tuple(margins.tolist()), tuple(losses), step, stopped)
             found = torch.autograd.grad(loss, list(self.parameters), allow_unused=True)
             if all(one is None for one in found):
