@@ -42,6 +42,12 @@ QUICK_OF = {
         "key_layer": 0,
         "halve_every": None,
     },
+    # One vector at the last prompt token says one token, and states of all texts are alike.
+    "grace": {"learning_rate": 0.2, "train_eos": False},
+    "wise": {
+        **{"alpha": 50.0, "beta": 0.1, "gamma": 1e-3, "norm_bound": None, "n_openings": 0, "n_irrelevant": 1},
+        **{"mask_ratio": 0.98, "learning_rate": 0.1, "optimizer": "adam"},
+    },
 }
 TOWER = Edit("The tower is in the city of", "Ro")
 REQUESTS = (
@@ -59,8 +65,9 @@ OF_ONE_TOKEN = (
 # have put the edit there; and nothing is trained, so there are no steps.
 READ = {"ike", "retrieval"}
 NOT_RANDOM = {"ft-l", "ft-m", *READ}
-ASKED = {"ft-l": OF_ONE_TOKEN}
-PROBES = ("The tower is in the city of", "A river", "Nothing in particular", "The king of France was")
+ASKED = {"ft-l": OF_ONE_TOKEN, "grace": OF_ONE_TOKEN}
+# With a space behind, they show every prompt's last token with and without one.
+PROBES = ("The tower is in the city of ", "A river ", "Nothing in particular", "The king of France was ")
 
 
 def make(host, method, preset, *, seed=0, **settings):

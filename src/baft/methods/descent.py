@@ -1,13 +1,14 @@
 """The optimization loop of methods that train something else than bases: weights, adapters, states.
 
 What is trained is in force on the pass that is given (as patches of its edited model); the loop minimizes
-the cross-entropy of the targets, and whatever the method adds, by Adam, until its stop rule is met.
+the cross-entropy of the targets, and whatever the method adds, by Adam (or as the method says), until its
+stop rule is met.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -41,6 +42,8 @@ class Descent:
         constrain: Called after every step, without gradients: brings parameters back to where they may be.
         at_rest: Where the pass is noisy in training (dropout), the same without: what has the last word on
             whether the stop rule is met, and tells the margins.
+        may_stop: Whether what the method adds is content, too; asked where the targets are.
+        by: The kind of optimizer.
     """
 
     parameters: Sequence[Tensor]
@@ -48,6 +51,8 @@ class Descent:
     loss: Loss | None = None
     constrain: Callable[[], None] | None = None
     at_rest: Callable[[], Predictions] | None = None
+    may_stop: Callable[[], bool] | None = None
+    by: Literal["adam", "sgd"] = "adam"
 
     def run(self, shown: FullPass, on_step: OnStep | None = None) -> TrainingResult:
         """Trains until the stop rule is met.
@@ -55,7 +60,8 @@ class Descent:
         Raises:
             EditError: If the loss is not finite.
         """
-        adam = torch.optim.Adam(self.parameters, lr=self.config.learning_rate)
+        kind = torch.optim.Adam if self.by == "adam" else torch.optim.SGD
+        optimizer = kind(self.parameters, lr=self.config.learning_rate)
         losses: list[float] = []
         for step in range(self.config.max_steps + 1):
             with torch.enable_grad():
@@ -69,6 +75,8 @@ class Descent:
             if stopped is not None and self.at_rest is not None:
                 with torch.no_grad():
                     stopped, margins = self._stopped(step, shown, self.at_rest().logits)
+            if stopped is not None and self.may_stop is not None and not self.may_stop():
+                stopped = "max_steps" if step == self.config.max_steps else None
             if stopped is not None:
                 return TrainingResult(tuple(margins.tolist()), tuple(losses), step, stopped)
             found = torch.autograd.grad(loss, list(self.parameters), allow_unused=True)
@@ -76,9 +84,9 @@ class Descent:
                 raise EditError("nothing that is trained reaches the targets: train other layers")
             for parameter, gradient in zip(self.parameters, found, strict=True):
                 parameter.grad = gradient
-            for group in adam.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = self.config.learning_rate * self.config.rate(step)
-            adam.step()
+            optimizer.step()
             if self.constrain is not None:
                 with torch.no_grad():
                     self.constrain()
