@@ -28,6 +28,23 @@ QUICK = {
     "output_midpoint": 0.3,
     "gate_clearance": 0.0,
     "gate_shrinkage": 0.05,
+    "moments_tokens": 2000,
+}
+_AT_A_SUBJECT = {
+    "train_eos": False,
+    "clamp": 1e4,
+    "kl_weight": 0.0,
+    "learning_rate": 0.5,
+    "stop_margin": 1.5,
+    "n_prefixes": 2,
+    "n_key_prefixes": 4,
+}
+# What a least-squares solution weighs an edit against is as small here as the host.
+OWN = {
+    "rome": _AT_A_SUBJECT,
+    "memit": {**_AT_A_SUBJECT, "moments_weight": 1e-6},
+    "alphaedit": {**_AT_A_SUBJECT, "threshold": 0.5, "threshold_unit": "mean", "l2": 1e-6},
+    "ultraedit": {"learning_rate": 1e-2},
 }
 TOWER = Edit("The tower is in the city of", "Ro")
 REQUESTS = (
@@ -41,8 +58,26 @@ OF_ONE_TOKEN = (
     EditRequest((Edit("Paris is in ", "B"), Edit("Nine hats of ", "C"), Edit("A river ", "d"))),
     EditRequest((Edit("The king of France was ", "A"),), unrelated=("The king of Spain was",)),
 )
-NOT_RANDOM = {"ft-l", "ft-m"}
-ASKED = {"ft-l": OF_ONE_TOKEN}
+# Some edit at a subject's last token alone. A random host's attention carries next to nothing from one token
+# to another: so the subject ends where the prompt does, and the target is the one token that a space begins.
+ABOUT = (
+    EditRequest((Edit("The tower is in the city of", "R", subject="city of"),)),
+    EditRequest(
+        (
+            Edit("Paris is in", "R", subject="is in"),
+            Edit("Nine hats of", "R", subject="hats of"),
+            Edit("A river", "R", subject="river"),
+        )
+    ),
+    EditRequest(
+        (Edit("The king of France was", "R", subject="France was"),), unrelated=("The king of Spain was",)
+    ),
+)
+AT_A_SUBJECT = ("rome", "memit", "alphaedit")
+NOT_RANDOM = {"ft-l", "ft-m", "ultraedit"}
+ASKED = {"ft-l": OF_ONE_TOKEN, **dict.fromkeys(AT_A_SUBJECT, ABOUT)}
+ONE_BY_ONE = {"rome"}  # edits of one request are made one after the other
+ONE_STEP = {"ultraedit"}  # nothing is trained, and one step gets as far as it gets: here, not to the target
 PROBES = ("The tower is in the city of", "A river", "Nothing in particular", "The king of France was")
 
 
@@ -50,7 +85,8 @@ def make(host, method, preset, *, seed=0, **settings):
     kind = methods.get(method)
     config = kind.preset(preset)
     known = {one.name for one in dataclasses.fields(config)}
-    changes = {name: value for name, value in {**QUICK, **settings}.items() if name in known}
+    chosen = {**QUICK, **OWN.get(method, {}), **settings}
+    changes = {name: value for name, value in chosen.items() if name in known}
     return kind(host, dataclasses.replace(config, **changes), seed=seed)
 
 
@@ -126,9 +162,15 @@ def again(story, n):
 def test_edits_are_decoded_and_say_so(host, story):
     for request, outcome in zip(story.requests, story.outcomes, strict=True):
         assert outcome.edit_ids == tuple(edit.id for edit in request.edits)
+        assert outcome.decoded == tuple(margin > 0 for margin in outcome.margins)
+        if story.editor.name in ONE_STEP:
+            assert outcome.stopped == "closed_form"
+            continue
         assert outcome.decoded == (True,) * len(request.edits)
         assert min(outcome.margins) >= 0.7
         assert outcome.stopped == "margin"
+    if story.editor.name in ONE_STEP:
+        return
     editor, edit = again(story, 1), story.requests[0].edits[0]
     target = Encoder.for_host(host).edit(edit.prompt, edit.target, eos=editor.trains_eos).target_ids
     assert reply(editor, edit.prompt, len(target)) == target
@@ -136,10 +178,12 @@ def test_edits_are_decoded_and_say_so(host, story):
 
 
 def test_the_steps_are_told(story):
-    for outcome, steps in zip(story.outcomes, story.steps, strict=True):
+    for request, outcome, steps in zip(story.requests, story.outcomes, story.steps, strict=True):
         assert outcome.n_steps == len(steps) > 0
         assert [step for step, _, _ in steps] == list(range(1, len(steps) + 1))
-        assert {most for _, most, _ in steps} == {60}
+        n_descents = len(request.edits) if story.editor.name in ONE_BY_ONE else 1
+        most = 1 if story.editor.name in ONE_STEP else 60 * n_descents
+        assert {told for _, told, _ in steps} == {most}
         assert [loss for _, _, loss in steps] == list(outcome.losses[:-1])
         assert all(math.isfinite(loss) for loss in outcome.losses)
         assert outcome.losses[-1] < outcome.losses[0]
@@ -279,7 +323,7 @@ def test_the_host_stays_as_it_is(host):
     try:
         for method, preset in PRESETS:
             editor = make(host, method, preset, max_steps=4)
-            editor.apply(REQUESTS[0])
+            editor.apply(ASKED.get(method, REQUESTS)[0])
             editor.undo()
             assert all(torch.equal(weights[name], now) for name, now in host.model.state_dict().items())
             assert [weight.requires_grad for weight in host.model.parameters()] == flags
@@ -300,8 +344,9 @@ def test_an_edit_that_breaks_off_changes_nothing(story, where, monkeypatch):
 
     puts = iter([interrupt])
     if where == "loss":
-        for module in ("training", "descent"):
-            monkeypatch.setattr(f"baft.methods.{module}.target_cross_entropy", interrupt)
+        for module in ("training", "descent", "ultraedit"):
+            loss = "row_cross_entropy" if module == "ultraedit" else "target_cross_entropy"
+            monkeypatch.setattr(f"baft.methods.{module}.{loss}", interrupt)
     elif where == "commit" and isinstance(editor, BaftEditor):  # trained, and half put down
         monkeypatch.setattr("baft.nn.interventions.SubspaceIntervention.frozen", interrupt)
     elif where == "commit":

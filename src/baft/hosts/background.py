@@ -191,8 +191,8 @@ def _collect(
 
 def _cache_path(host: Host, encoder: Encoder, sites: Sequence[Site]) -> Path:
     """Named by what the states depend on: the host, and the texts, tokens and layers."""
-    what = (sorted(background_text().items()), [site.layer for site in sites], _FORMAT)
-    return kept_path("background", host, encoder, what)
+    texts = (sorted(background_text().items()), encoder.has_chat, encoder.max_tokens)
+    return kept_path("background", host, (texts, [site.layer for site in sites], _FORMAT))
 
 
 def _read(path: Path, sites: Sequence[Site]) -> Background | None:

@@ -13,27 +13,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from baft.hosts.embedded import cache_folder
-from baft.hosts.encoding import Encoder
 from baft.hosts.identity import identify
 from baft.hosts.models import Host
 
 logger = logging.getLogger(__name__)
 
 
-def kept_path(kind: str, host: Host, encoder: Encoder, what: object) -> Path:
+def kept_path(kind: str, host: Host, what: object) -> Path:
     """Where something is kept that depends on a host, on its tokenizer, and on `what`.
 
     Args:
         kind: What it is; the folder.
         host: The host.
-        encoder: Its encoder.
         what: All else that it depends on, as data whose `repr` tells it.
     """
     one = identify(host)
     who = (one.weights_hash, one.n_parameters, one.architecture, one.config_hash, one.dtype)
-    given = (what, encoder.has_chat, encoder.max_tokens, one.tokenizer_hash)
-    host_hash, text_hash = (hashlib.sha256(repr(part).encode()).hexdigest()[:32] for part in (who, given))
-    return cache_folder() / kind / f"{host_hash}-{text_hash}.safetensors"
+    given = (what, one.tokenizer_hash)
+    host_hash, what_hash = (hashlib.sha256(repr(part).encode()).hexdigest()[:32] for part in (who, given))
+    return cache_folder() / kind / f"{host_hash}-{what_hash}.safetensors"
 
 
 def read_kept(path: Path) -> dict[str, Tensor] | None:

@@ -25,7 +25,7 @@ from baft.hosts.encoding import Encoder
 from baft.hosts.kept import keep, kept_path, read_kept
 from baft.hosts.kernels import fast_linears
 from baft.hosts.models import Host
-from baft.hosts.patches import Seen, weight_shape
+from baft.hosts.patches import Seen, by_row, weight_shape
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +102,7 @@ def second_moments(
     """
     said = hashlib.sha256("\0".join(text.pieces).encode()).hexdigest()
     paths = {
-        name: kept_path("moments", host, encoder, (name, said, n_tokens, _WINDOW_TOKENS, _FORMAT))
-        for name in modules
+        name: kept_path("moments", host, (name, said, n_tokens, _WINDOW_TOKENS, _FORMAT)) for name in modules
     }
     found: dict[str, Tensor] = {}
     for name, path in paths.items():
@@ -147,7 +146,7 @@ class _Sum:
         output: Float[Tensor, "*batch d_out"],
         seen: Seen,
     ) -> None:
-        keys = inputs[seen.prompt.to(inputs.device)].to("cpu", torch.float64)
+        keys = by_row(inputs, seen)[seen.prompt.to(inputs.device)].to("cpu", torch.float64)
         self.total.addmm_(keys.T, keys)
         self.n_tokens += len(keys)
 

@@ -27,7 +27,7 @@ from baft.hosts.encoding import Encoder
 from baft.hosts.kernels import fast_linears
 from baft.hosts.models import Host
 from baft.hosts.passes import FullPass, Predictions
-from baft.hosts.patches import Patch, Seen
+from baft.hosts.patches import Patch, Seen, by_row
 from baft.hosts.positions import PositionSpec
 from baft.methods.base import OnStep
 from baft.methods.descent import Descent
@@ -130,7 +130,8 @@ class AddAt:
     ) -> Float[Tensor, "*batch d_out"]:
         """The output with the vectors added."""
         at = torch.arange(len(self.places), device=output.device), self.places.to(output.device)
-        return output.index_put(at, self.vectors[self.edits].to(output), accumulate=True)
+        more = self.vectors[self.edits].to(output)
+        return by_row(output, seen).index_put(at, more, accumulate=True).view_as(output)
 
 
 @dataclass
@@ -156,7 +157,7 @@ class Reading:
     ) -> None:
         """Reads."""
         at = torch.arange(len(self.places), device=output.device), self.places.to(output.device)
-        self.inputs, self.outputs = inputs[at].detach(), output[at].detach()
+        self.inputs, self.outputs = (by_row(one, seen)[at].detach() for one in (inputs, output))
 
 
 class KeyValues:
