@@ -43,7 +43,13 @@ _AT_A_SUBJECT = {
 OWN = {
     "rome": _AT_A_SUBJECT,
     "memit": {**_AT_A_SUBJECT, "moments_weight": 1e-6},
-    "alphaedit": {**_AT_A_SUBJECT, "threshold": 0.5, "threshold_unit": "mean", "l2": 1e-6},
+    "alphaedit": {
+        **_AT_A_SUBJECT,
+        "stop_margin": 2.0,
+        "threshold": 0.5,
+        "threshold_unit": "mean",
+        "l2": 1e-6,
+    },
     "ultraedit": {"learning_rate": 1e-2},
 }
 TOWER = Edit("The tower is in the city of", "Ro")
