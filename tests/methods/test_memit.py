@@ -86,6 +86,22 @@ def test_every_layer_takes_its_share(host):
         assert float(tensor.abs().max()) > 0
 
 
+def test_values_found_in_several_descents_are_those_of_one(host):
+    """Up to the epsilon of Adam, and with no stop rule met, since it is that of all edits of a descent."""
+    stories = []
+    for at_once in (8, 2, 1):
+        steps = []
+        config = dataclasses.replace(CONFIG, edits_at_once=at_once, stop_loss=None)
+        editor = MemitEditor(host, config)
+        outcome = editor.apply(EditRequest(EDITS), on_step=lambda *seen, steps=steps: steps.append(seen))
+        stories.append((editor.state_dict(), outcome.n_steps, [seen[:2] for seen in steps]))
+    for n, (state, n_steps, steps) in zip((1, 2, 3), stories, strict=True):
+        assert n_steps == 4 * n
+        assert steps == [(i, 4 * n) for i in range(1, 4 * n + 1)]
+        for name, tensor in state.items():
+            torch.testing.assert_close(tensor, stories[0][0][name], atol=1e-4, rtol=1e-3)
+
+
 def test_settings_out_of_range_are_refused(host):
     for layers in ((), (1, 1)):
         with pytest.raises(ConfigError, match="layers must name"):

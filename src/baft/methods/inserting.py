@@ -22,6 +22,24 @@ from baft.methods.training import TrainingResult
 from baft.types import EditRequest
 
 
+class Steps:
+    """Tells the steps of several descents as those of one.
+
+    Args:
+        on_step: Whom, or nobody.
+        most: How many they can be in all.
+    """
+
+    def __init__(self, on_step: OnStep | None, most: int):
+        self._on_step, self._most = on_step, most
+        self.results: list[TrainingResult] = []
+
+    def __call__(self, step: int, most: int, loss: float) -> None:
+        """One more step of the descent under way."""
+        if self._on_step is not None:
+            self._on_step(sum(one.n_steps for one in self.results) + step, self._most, loss)
+
+
 class InsertingEditor(AdditiveEditor):
     """Adds a matrix of low rank to the down-projections of some layers, one at each request.
 
@@ -158,12 +176,19 @@ class SpreadEditor(InsertingEditor):
     ) -> tuple[Mapping[str, Tensor], EditOutcome]:
         """Finds the values of all edits, and solves for the changes layer by layer."""
         began = time.monotonic()
-        edits = KeyValues(self.host, self.encoder, self.config, request.edits, seed=self.seed)
-        last = self.sites[-1]
-        block = self._name_of(last)
-        before = self.patches(state)
-        vectors, result = edits.values(before, block, last, on_step)
-        wanted = edits.outputs(before, block) + vectors.to("cpu", torch.float64)
+        config, last = self.config, self.sites[-1]
+        block, before = self._name_of(last), self.patches(state)
+        edits = KeyValues(self.host, self.encoder, config, request.edits, seed=self.seed)
+        starts = range(0, len(request.edits), config.edits_at_once)
+        steps = Steps(on_step, config.max_steps * len(starts))
+        vectors = []
+        for start in starts:
+            chunk = request.edits[start : start + config.edits_at_once]
+            some = KeyValues(self.host, self.encoder, config, chunk, seed=self.seed)
+            found, result = some.values(before, block, last, steps)
+            vectors.append(found.to("cpu", torch.float64))
+            steps.results.append(result)
+        wanted = edits.outputs(before, block) + torch.cat(vectors)
         made = dict(state)
         for i, site in enumerate(self.sites):
             now = self.patches(made)
@@ -172,7 +197,7 @@ class SpreadEditor(InsertingEditor):
             down = self.solve(site.layer, keys, state)
             made |= self.pair(site.layer, state, residuals.T, down)
             made |= self.more(site.layer, state, keys)
-        return made, self.outcome(request, made, [result], began)
+        return made, self.outcome(request, made, steps.results, began)
 
     def _name_of(self, site: Site) -> str:
         block = find_architecture(self.host.model).block(site)

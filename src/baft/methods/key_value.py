@@ -53,6 +53,7 @@ class KeyValueConfig(DescentConfig):
         n_prefixes: Short texts behind which the prompt is trained, beside the prompt alone.
         n_key_prefixes: Short texts over which a key is averaged, the prompt alone being one more.
         train_eos: Whether the target's end is trained.
+        edits_at_once: Most edits of a request whose values are found side by side.
         moments_text: A text file, or a folder of .txt files, that second moments are taken on; None for
             WikiText-2's validation text where `BAFT_DATA` has it, else the project's own small text.
         moments_tokens: How much of it is read.
@@ -68,6 +69,7 @@ class KeyValueConfig(DescentConfig):
     n_prefixes: int = 5
     n_key_prefixes: int = 20
     train_eos: bool = False
+    edits_at_once: int = 8
     moments_text: str | None = None
     moments_tokens: int = 80_000
     moments_ridge: float = 1e-4
@@ -83,8 +85,9 @@ class KeyValueConfig(DescentConfig):
         for name in ("n_prefixes", "n_key_prefixes"):
             if not 0 <= getattr(self, name) <= 300:
                 raise ConfigError(f"{name} must be between 0 and 300, got {getattr(self, name)}")
-        if self.moments_tokens < 2:
-            raise ConfigError(f"moments_tokens must be at least 2, got {self.moments_tokens}")
+        for name, least in (("moments_tokens", 2), ("edits_at_once", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 class Chain:
@@ -244,8 +247,11 @@ class KeyValues:
     @torch.no_grad()
     def margins(self, patches: Mapping[str, Patch]) -> tuple[float, ...]:
         """The smallest lead of any target token of each edit over the best other, for the prompt alone."""
-        shown = self._pass(self._alone, patches)
-        return tuple(row_margins(shown({}).logits, shown).tolist())
+        found: list[float] = []
+        for start in range(0, len(self._alone), _ROWS):
+            shown = self._pass(self._alone[start : start + _ROWS], patches)
+            found += row_margins(shown({}).logits, shown).tolist()
+        return tuple(found)
 
     def _pass(
         self,

@@ -29,10 +29,9 @@ from baft.errors import EditError
 from baft.hosts.architecture import find_architecture, scaled_layers
 from baft.hosts.models import Host
 from baft.methods.base import EditOutcome, OnStep
-from baft.methods.inserting import InsertingEditor
+from baft.methods.inserting import InsertingEditor, Steps
 from baft.methods.key_value import KeyValueConfig, KeyValues
 from baft.methods.stateful import State
-from baft.methods.training import TrainingResult
 from baft.types import EditRequest
 
 
@@ -82,25 +81,18 @@ class RomeEditor(InsertingEditor):
         began = time.monotonic()
         site, module = self.sites[0], self.modules[self.sites[0].layer]
         made, pairs = dict(state), []
-        results: list[TrainingResult] = []
-        n_done, most = 0, self.config.max_steps * len(request.edits)
-
-        def count(step: int, _: int, loss: float) -> None:
-            if on_step is not None:
-                on_step(n_done + step, most, loss)
-
+        steps = Steps(on_step, self.config.max_steps * len(request.edits))
         for edit in request.edits:
             now = self.patches(made)
             one = KeyValues(self.host, self.encoder, self.config, [edit], seed=self.seed)
-            vectors, result = one.values(now, module, site, count)
+            vectors, result = one.values(now, module, site, steps)
             averaged, alone = one.keys(now, module)
             moments = self.regularized_moments(site.layer)
             pairs.append(insertion(moments, averaged[0], alone[0], vectors[0].to("cpu", torch.float64)))
             up, down = (torch.stack(parts) for parts in zip(*pairs, strict=True))
             made |= self.pair(site.layer, state, up.T, down)
-            results.append(result)
-            n_done += result.n_steps
-        return made, self.outcome(request, made, results, began)
+            steps.results.append(result)
+        return made, self.outcome(request, made, steps.results, began)
 
 
 def insertion(
