@@ -232,7 +232,7 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(host, encoder, small, c
     monkeypatch.setattr(module, "_WORTH_KEEPING_S", 0.0)
     cache.parent.mkdir()
     cache.write_text("a file is in the way")
-    with caplog.at_level(logging.WARNING, logger="baft.hosts.background"):
+    with caplog.at_level(logging.WARNING, logger="baft.hosts.kept"):
         made = background(host, encoder, SITES)
     assert "could not keep the background states" in caplog.text
     assert made.states[SITES[0]].shape[1] == D_MODEL

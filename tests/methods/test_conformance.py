@@ -29,9 +29,30 @@ QUICK = {
     "output_midpoint": 0.3,
     "gate_clearance": 0.0,
     "gate_shrinkage": 0.05,
+    "moments_tokens": 2000,
 }
+_AT_A_SUBJECT = {
+    "train_eos": False,
+    "clamp": 1e4,
+    "kl_weight": 0.0,
+    "learning_rate": 0.5,
+    "stop_margin": 1.5,
+    "n_prefixes": 2,
+    "n_key_prefixes": 4,
+}
+# What a least-squares solution weighs an edit against is as small here as the host.
 # Adapters are scaled up, and take smaller steps for it; MELO trains two layers of the three, and wide blocks.
 QUICK_OF = {
+    "rome": _AT_A_SUBJECT,
+    "memit": {**_AT_A_SUBJECT, "moments_weight": 1e-6},
+    "alphaedit": {
+        **_AT_A_SUBJECT,
+        "stop_margin": 2.0,
+        "threshold": 0.5,
+        "threshold_unit": "mean",
+        "l2": 1e-6,
+    },
+    "ultraedit": {"learning_rate": 1e-2},
     "lora": {"learning_rate": 1e-2},
     "adalora": {"learning_rate": 2e-2},
     "melo": {
@@ -64,8 +85,26 @@ OF_ONE_TOKEN = (
 # Methods that put text into the prompt. A random host cannot read, so they are not asked to be decoded but to
 # have put the edit there; and nothing is trained, so there are no steps.
 READ = {"ike", "retrieval"}
-NOT_RANDOM = {"ft-l", "ft-m", *READ}
-ASKED = {"ft-l": OF_ONE_TOKEN, "grace": OF_ONE_TOKEN}
+# Some edit at a subject's last token alone. A random host's attention carries next to nothing from one token
+# to another: so the subject ends where the prompt does, and the target is the one token that a space begins.
+ABOUT = (
+    EditRequest((Edit("The tower is in the city of", "R", subject="city of"),)),
+    EditRequest(
+        (
+            Edit("Paris is in", "R", subject="is in"),
+            Edit("Nine hats of", "R", subject="hats of"),
+            Edit("A river", "R", subject="river"),
+        )
+    ),
+    EditRequest(
+        (Edit("The king of France was", "R", subject="France was"),), unrelated=("The king of Spain was",)
+    ),
+)
+AT_A_SUBJECT = ("rome", "memit", "alphaedit")
+NOT_RANDOM = {"ft-l", "ft-m", "ultraedit", *READ}
+ASKED = {"ft-l": OF_ONE_TOKEN, "grace": OF_ONE_TOKEN, **dict.fromkeys(AT_A_SUBJECT, ABOUT)}
+ONE_BY_ONE = {"rome"}  # edits of one request are made one after the other
+ONE_STEP = {"ultraedit"}  # nothing is trained, and one step gets as far as it gets: here, not to the target
 # With a space behind, they show every prompt's last token with and without one.
 PROBES = ("The tower is in the city of ", "A river ", "Nothing in particular", "The king of France was ")
 
@@ -74,11 +113,8 @@ def make(host, method, preset, *, seed=0, **settings):
     kind = methods.get(method)
     config = kind.preset(preset)
     known = {one.name for one in dataclasses.fields(config)}
-    changes = {
-        name: value
-        for name, value in {**QUICK, **QUICK_OF.get(method, {}), **settings}.items()
-        if name in known
-    }
+    chosen = {**QUICK, **QUICK_OF.get(method, {}), **settings}
+    changes = {name: value for name, value in chosen.items() if name in known}
     return kind(host, dataclasses.replace(config, **changes), seed=seed)
 
 
@@ -154,24 +190,25 @@ def again(story, n):
 def test_edits_are_decoded_and_say_so(host, story):
     for request, outcome in zip(story.requests, story.outcomes, strict=True):
         assert outcome.edit_ids == tuple(edit.id for edit in request.edits)
-        if story.editor.name in READ:
+        assert outcome.decoded == tuple(margin > 0 for margin in outcome.margins)
+        if story.editor.name in {*ONE_STEP, *READ}:
+            assert outcome.stopped == "closed_form"
             continue
         assert outcome.decoded == (True,) * len(request.edits)
         assert min(outcome.margins) >= 0.7
         assert outcome.stopped == "margin"
-    editor, edit = again(story, 1), story.requests[0].edits[0]
-    if story.editor.name in READ:
+    if story.editor.name in {*ONE_STEP, *READ}:
         return
+    editor, edit = again(story, 1), story.requests[0].edits[0]
     target = Encoder.for_host(host).edit(edit.prompt, edit.target, eos=editor.trains_eos).target_ids
     assert reply(editor, edit.prompt, len(target)) == target
     assert reply(again(story, 0), edit.prompt, len(target)) != target  # control
 
 
+@pytest.mark.parametrize("story", [one for one in PRESETS if one[0] in READ], indirect=True, ids="/".join)
 @torch.no_grad()
 def test_what_is_read_is_in_the_prompt(host, story):
     """The edited model's logits are the host's on the longer prompt, which holds prompt and target."""
-    if story.editor.name not in READ:
-        return
     encoder = Encoder.for_host(host)
     for n, request in enumerate(story.requests, start=1):
         editor, outcome = again(story, n), story.outcomes[n - 1]
@@ -200,10 +237,12 @@ def test_what_is_read_is_in_the_prompt(host, story):
 def test_the_steps_are_told(story):
     if story.editor.name in READ:
         return
-    for outcome, steps in zip(story.outcomes, story.steps, strict=True):
+    for request, outcome, steps in zip(story.requests, story.outcomes, story.steps, strict=True):
         assert outcome.n_steps == len(steps) > 0
         assert [step for step, _, _ in steps] == list(range(1, len(steps) + 1))
-        assert {most for _, most, _ in steps} == {60}
+        n_descents = len(request.edits) if story.editor.name in ONE_BY_ONE else 1
+        most = 1 if story.editor.name in ONE_STEP else 60 * n_descents
+        assert {told for _, told, _ in steps} == {most}
         assert [loss for _, _, loss in steps] == list(outcome.losses[:-1])
         assert all(math.isfinite(loss) for loss in outcome.losses)
         assert outcome.losses[-1] < outcome.losses[0]
@@ -346,7 +385,7 @@ def test_the_host_stays_as_it_is(host):
     try:
         for method, preset in PRESETS:
             editor = make(host, method, preset, max_steps=4)
-            editor.apply(REQUESTS[0])
+            editor.apply(ASKED.get(method, REQUESTS)[0])
             editor.undo()
             assert all(torch.equal(weights[name], now) for name, now in host.model.state_dict().items())
             assert [weight.requires_grad for weight in host.model.parameters()] == flags
@@ -369,8 +408,9 @@ def test_an_edit_that_breaks_off_changes_nothing(story, where, monkeypatch):
     if where != "commit" and editor.name in READ:  # there is no step: storing and measuring take their place
         monkeypatch.setattr(editor, "store" if where == "first step" else "margins", interrupt)
     elif where == "loss":
-        for module in ("training", "descent"):
-            monkeypatch.setattr(f"baft.methods.{module}.target_cross_entropy", interrupt)
+        for module in ("training", "descent", "ultraedit"):
+            loss = "row_cross_entropy" if module == "ultraedit" else "target_cross_entropy"
+            monkeypatch.setattr(f"baft.methods.{module}.{loss}", interrupt)
     elif where == "commit" and isinstance(editor, BaftEditor):  # trained, and half put down
         monkeypatch.setattr("baft.nn.interventions.SubspaceIntervention.frozen", interrupt)
     elif where == "commit":

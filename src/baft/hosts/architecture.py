@@ -6,6 +6,7 @@ holds for every decoder-only family in transformers (`model.layers`, `transforme
 """
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -113,11 +114,16 @@ def find_architecture(model: nn.Module) -> Architecture:
 
 
 def default_layers(n_layers: int) -> tuple[int, ...]:
-    """The paper's layers 9, 18, 24 and 28 of 32, moved to a host of another depth.
+    """The paper's layers 9, 18, 24 and 28 of 32, moved to a host of another depth."""
+    return scaled_layers((9, 18, 24, 28), of=32, n_layers=n_layers)
 
-    `min(n - 1, floor(k n / 32 + 0.5))` for each of them, duplicates dropped.
+
+def scaled_layers(layers: Iterable[int], *, of: int, n_layers: int) -> tuple[int, ...]:
+    """Layers of a host of `of` layers, moved to one of `n_layers`.
+
+    `min(n - 1, floor(k n / of + 0.5))` for each of them, in order, duplicates dropped.
     """
-    return tuple(sorted({min(n_layers - 1, int(k * n_layers / 32 + 0.5)) for k in (9, 18, 24, 28)}))
+    return tuple(sorted({min(n_layers - 1, int(k * n_layers / of + 0.5)) for k in layers}))
 
 
 def intervention_dtype(model: nn.Module) -> torch.dtype:

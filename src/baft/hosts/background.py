@@ -7,10 +7,7 @@ in the cache when that took long.
 
 import contextlib
 import hashlib
-import logging
-import os
 import re
-import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,21 +20,16 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from baft.errors import InputError, UnsupportedHostError
 from baft.hosts.architecture import Site, input_device, intervention_dtype, site_device
 from baft.hosts.calls import Recording
 from baft.hosts.edited_model import EditedModel
-from baft.hosts.embedded import cache_folder
 from baft.hosts.encoding import Encoder
-from baft.hosts.identity import identify
+from baft.hosts.kept import keep, kept_path, read_kept
 from baft.hosts.models import Host
 from baft.hosts.positions import PositionSpec
-
-logger = logging.getLogger(__name__)
 
 N_CHAT_PROMPTS = 150  # chat renderings are long; this many tell what the template's tokens look like
 _WORTH_KEEPING_S = 1.0
@@ -198,41 +190,22 @@ def _collect(
 
 
 def _cache_path(host: Host, encoder: Encoder, sites: Sequence[Site]) -> Path:
-    """Named by what the states depend on: a hash of the host, and one of the texts, tokens and layers."""
-    one = identify(host)
-    who = (one.weights_hash, one.n_parameters, one.architecture, one.config_hash, one.dtype)
-    texts = (sorted(background_text().items()), encoder.has_chat, encoder.max_tokens, one.tokenizer_hash)
-    what = (texts, [site.layer for site in sites], _FORMAT)
-    host_hash, text_hash = (hashlib.sha256(repr(given).encode()).hexdigest()[:32] for given in (who, what))
-    return cache_folder() / "background" / f"{host_hash}-{text_hash}.safetensors"
+    """Named by what the states depend on: the host, and the texts, tokens and layers."""
+    texts = (sorted(background_text().items()), encoder.has_chat, encoder.max_tokens)
+    return kept_path("background", host, (texts, [site.layer for site in sites], _FORMAT))
 
 
 def _read(path: Path, sites: Sequence[Site]) -> Background | None:
-    try:
-        # Copies: a tensor in the file stands at any address, and on that depends how products are rounded.
-        kept = {name: tensor.clone() for name, tensor in load_file(path).items()}
-        with contextlib.suppress(OSError):
-            os.utime(path)  # used now: the last to be evicted
-        return Background({site: kept[f"layer{site.layer}"] for site in sites}, kept["slots"])
-    except (OSError, SafetensorError, KeyError):  # not there, or damaged: it is computed again
+    kept = read_kept(path)
+    if kept is None or not kept.keys() >= {"slots", *(f"layer{site.layer}" for site in sites)}:
         return None
+    return Background({site: kept[f"layer{site.layer}"] for site in sites}, kept["slots"])
 
 
 def _write(path: Path, made: Background) -> None:
     tensors = {f"layer{site.layer}": _compact(states) for site, states in made.states.items()}
     tensors["slots"] = made.slots.cpu()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".background-")
-        os.close(handle)
-        try:
-            save_file(tensors, name)
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
-        _evict(path)
-    except (OSError, SafetensorError) as error:  # a cache that cannot be written costs time, nothing else
-        logger.warning("could not keep the background states in %s: %s", path, error)
+    keep(path, tensors, "background states", most_bytes=_KEPT_BYTES)
 
 
 def _compact(states: Float[Tensor, "state d_model"]) -> Tensor:
@@ -241,16 +214,3 @@ def _compact(states: Float[Tensor, "state d_model"]) -> Tensor:
         if torch.equal(states.to(half).to(states.dtype), states):
             return states.to("cpu", half).contiguous()
     return states.cpu().contiguous()
-
-
-def _evict(newest: Path) -> None:
-    """Deletes what was used longest ago until the rest is small enough; the newest stays in any case."""
-    kept, others = newest.stat().st_size, []
-    for path in newest.parent.iterdir():
-        with contextlib.suppress(OSError):  # another process may have deleted it
-            if path != newest:
-                others.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-    for _, n_bytes, path in sorted(others, reverse=True):
-        kept += n_bytes
-        if kept > _KEPT_BYTES:
-            path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from baft.errors import ConfigError, InputError
+from baft.errors import ConfigError, InputError, UnsupportedHostError
 from baft.hosts.models import Host
 
 Messages = Sequence[Mapping[str, str]]
@@ -96,6 +96,32 @@ class Encoder:
         if not isinstance(prompt, str) or not prompt.strip():
             raise InputError(f"the prompt is empty or blank ({prompt!r}): give the text to continue")
         return self._fits(self._ids(prompt))
+
+    def token_at(self, prompt: str, character: int) -> int:
+        """Index in `prompt(prompt)` of the token that holds a character.
+
+        Raises:
+            UnsupportedHostError: If the tokenizer does not tell where in the text its tokens stand.
+            InputError: If no token holds it.
+        """
+        ids = self.prompt(prompt)
+        if not self.tokenizer.is_fast:
+            raise UnsupportedHostError(
+                f"{type(self.tokenizer).__name__} does not tell where in a text its tokens stand, and this "
+                "method looks for one by its place: load the host with its fast tokenizer"
+            )
+        encoded: Any = self.tokenizer(
+            prompt, add_special_tokens=True, return_offsets_mapping=True, truncation=False, verbose=False
+        )
+        raw = tuple(encoded["input_ids"])
+        shift = next(
+            i for i in range(len(raw)) if raw[i : i + len(ids)] == ids
+        )  # a BOS too many is taken off
+        spans = encoded["offset_mapping"][shift : shift + len(ids)]
+        found = [i for i, (start, end) in enumerate(spans) if start <= character < end]
+        if not found:
+            raise InputError(f"no token of {prompt!r} holds its character {character}")
+        return found[-1]
 
     def chat(self, messages: Messages) -> tuple[int, ...]:
         """The ids of a conversation, rendered by the host's template up to the start of its reply.

@@ -5,7 +5,7 @@ block; a `Patch` takes the input and the output of one module and gives another 
 weights are never touched, so that taking a patch away is exact, and the host stays free for others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -48,6 +48,11 @@ class Patch(Protocol):
         seen: Seen,
     ) -> Float[Tensor, "*batch d_out"] | None:
         """The module's output as edited, or None to leave it, bit for bit."""
+
+
+def by_row(x: Float[Tensor, "*batch width"], seen: Seen) -> Float[Tensor, "batch pos width"]:
+    """What a module takes or gives, by row and token; some hosts (OPT) show their modules one long row."""
+    return x.reshape(*seen.edited.shape, x.shape[-1])
 
 
 class DeltaPatch:
@@ -152,27 +157,64 @@ def down_projection(model: nn.Module, layer: int) -> str:
         ConfigError: If the host has no such layer.
         UnsupportedHostError: If the block has no such module (a mixture of experts), or several.
     """
-    architecture = find_architecture(model)
-    block = architecture.block(Site(layer))
-    width = getattr(text_config(model), "ffn_dim", None) or getattr(
-        text_config(model), "intermediate_size", None
+    d_model, width = find_architecture(model).d_model, _feed_forward_width(model)
+    found = _linear_modules(
+        model,
+        layer,
+        lambda d_out, d_in: d_out == d_model and (d_in == width if width else d_in > d_out),
     )
-    names = {id(module): name for name, module in model.named_modules()}
-    found: list[nn.Module] = []
-    for module in block.modules():
-        try:
-            d_out, d_in = weight_shape(module)
-        except UnsupportedHostError:
-            continue
-        is_wide = d_in == width if width else d_in > d_out
-        if d_out == architecture.d_model and is_wide and not _is_inside(module, found):
-            found.append(module)
     if len(found) != 1:
         raise UnsupportedHostError(
             f"layer {layer} of this host has {len(found)} down-projections of a feed-forward part, and "
             "one was expected: this method edits that one"
         )
-    return names[id(found[0])]
+    return found[0]
+
+
+def up_projections(model: nn.Module, layer: int) -> tuple[str, ...]:
+    """The names of the modules by which a block's feed-forward part reads the hidden state.
+
+    They are found by shape: the gate and the up-projection, in this order, or the one that is both, or the
+    only one of hosts without a gate.
+
+    Raises:
+        ConfigError: If the host has no such layer.
+        UnsupportedHostError: If the block has no such module, or more than two (a mixture of experts).
+    """
+    d_model, width = find_architecture(model).d_model, _feed_forward_width(model)
+    if width is None:
+        found = _linear_modules(model, layer, lambda d_out, d_in: d_in == d_model and d_out > 3 * d_in)
+    else:
+        found = _linear_modules(model, layer, lambda d_out, d_in: (d_out, d_in) == (width, d_model))
+        if not found:  # gate and up-projection are one
+            found = _linear_modules(model, layer, lambda d_out, d_in: (d_out, d_in) == (2 * width, d_model))
+    if len(found) not in (1, 2):
+        raise UnsupportedHostError(
+            f"layer {layer} of this host has {len(found)} modules that widen the hidden state for a "
+            "feed-forward part, and one or two were expected: this method edits those"
+        )
+    return found
+
+
+def _feed_forward_width(model: nn.Module) -> int | None:
+    """Width of the feed-forward part, where the config tells it."""
+    config = text_config(model)
+    return getattr(config, "ffn_dim", None) or getattr(config, "intermediate_size", None)
+
+
+def _linear_modules(model: nn.Module, layer: int, fits: Callable[[int, int], bool]) -> tuple[str, ...]:
+    """The names of a block's linear modules whose `(d_out, d_in)` fit, in their order."""
+    block = find_architecture(model).block(Site(layer))
+    names = {id(module): name for name, module in model.named_modules()}
+    found: list[nn.Module] = []
+    for module in block.modules():
+        try:
+            shape = weight_shape(module)
+        except UnsupportedHostError:
+            continue
+        if fits(*shape) and not _is_inside(module, found):
+            found.append(module)
+    return tuple(names[id(module)] for module in found)
 
 
 def up_projection(model: nn.Module, layer: int) -> str:

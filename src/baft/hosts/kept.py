@@ -1,0 +1,83 @@
+"""What is computed of a host once and kept on disk: named by what it depends on, written whole, evicted."""
+
+import contextlib
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from baft.hosts.embedded import cache_folder
+from baft.hosts.identity import identify
+from baft.hosts.models import Host
+
+logger = logging.getLogger(__name__)
+
+
+def kept_path(kind: str, host: Host, what: object) -> Path:
+    """Where something is kept that depends on a host, on its tokenizer, and on `what`.
+
+    Args:
+        kind: What it is; the folder.
+        host: The host.
+        what: All else that it depends on, as data whose `repr` tells it.
+    """
+    one = identify(host)
+    who = (one.weights_hash, one.n_parameters, one.architecture, one.config_hash, one.dtype)
+    given = (what, one.tokenizer_hash)
+    host_hash, what_hash = (hashlib.sha256(repr(part).encode()).hexdigest()[:32] for part in (who, given))
+    return cache_folder() / kind / f"{host_hash}-{what_hash}.safetensors"
+
+
+def read_kept(path: Path) -> dict[str, Tensor] | None:
+    """What is kept there; None where nothing is, or it is damaged."""
+    try:
+        # Copies: a tensor in the file stands at any address, and on that depends how products are rounded.
+        kept = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError):
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(path)  # used now: the last to be evicted
+    return kept
+
+
+def keep(path: Path, tensors: Mapping[str, Tensor], what: str, *, most_bytes: int) -> None:
+    """Writes tensors there, all or nothing, and makes room for them.
+
+    A cache that cannot be written costs time and nothing else: it is logged.
+
+    Args:
+        path: Where, by `kept_path`.
+        tensors: On the CPU.
+        what: What they are, for the log.
+        most_bytes: What the folder may hold; what was used longest ago is deleted, the newest never.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.parent.name}-")
+        os.close(handle)
+        try:
+            save_file(dict(tensors), name)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+        _evict(path, most_bytes)
+    except (OSError, SafetensorError) as error:
+        logger.warning("could not keep the %s in %s: %s", what, path, error)
+
+
+def _evict(newest: Path, most_bytes: int) -> None:
+    kept, others = newest.stat().st_size, []
+    for path in newest.parent.iterdir():
+        with contextlib.suppress(OSError):  # another process may have deleted it
+            if path != newest:
+                others.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+    for _, n_bytes, path in sorted(others, reverse=True):
+        kept += n_bytes
+        if kept > most_bytes:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,93 @@
+"""MEMIT: many facts at once, the change spread over several layers.
+
+Source: Meng et al. 2023 (arXiv 2210.07229), section 4, and the published code
+(https://github.com/kmeng01/memit). Its steps, and where they are done here:
+
+1. For every edit the vector `z` that the last of the layers should put out at the subject's last token, found
+   by descent on what is added to the block's output. `KeyValues.values`.
+2. Layer by layer, the keys `K` of all edits and what is still missing, `R = (z - h) / (layers left)`.
+   `SpreadEditor.fit`.
+3. The change that puts out `R` at `K`, in least squares against the outputs on ordinary keys, `C = E[k k^T]`
+   being their second moments: `Delta = R K^T (weight C + K K^T)^-1` (equation 14). `solution`.
+
+Of a second request the host is the one with the first in force, as in the authors' sequential baselines.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from baft.errors import ConfigError
+from baft.hosts.architecture import find_architecture, scaled_layers
+from baft.hosts.models import Host
+from baft.methods.inserting import SpreadEditor
+from baft.methods.key_value import KeyValueConfig
+from baft.methods.stateful import State
+
+PUBLISHED_LAYERS = (4, 5, 6, 7, 8)  # of 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemitConfig(KeyValueConfig):
+    """Settings of `memit`.
+
+    Args:
+        layers: The decoder blocks whose down-projections are changed, counted from 0; None for the published
+            layers 4 to 8 of 32, moved to the host's depth.
+        moments_weight: How many ordinary keys an edit's key is weighed against.
+
+    Raises:
+        ConfigError: If a value is out of range.
+    """
+
+    layers: tuple[int, ...] | None = None
+    moments_weight: float = 15_000.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.moments_weight > 0:
+            raise ConfigError(f"moments_weight must be positive, got {self.moments_weight}")
+        refuse_no_layers(self.layers)
+
+
+def refuse_no_layers(layers: tuple[int, ...] | None) -> None:
+    """Raises ConfigError if layers are named, but none, or one twice."""
+    if layers is not None and (not layers or len(set(layers)) < len(layers)):
+        raise ConfigError(f"layers must name at least one layer, each once, got {list(layers)}")
+
+
+PAPER = MemitConfig(
+    learning_rate=0.5, schedule="constant", max_steps=25, stop_loss=5e-2, stop_margin=None, n_key_prefixes=5
+)
+
+
+class MemitEditor(SpreadEditor):
+    """Least-squares edits of several down-projections."""
+
+    name: ClassVar[str] = "memit"
+    summary: ClassVar[str] = "many facts in one least-squares change of several layers (Meng et al. 2023)"
+    presets: ClassVar[Mapping[str, MemitConfig]] = {
+        "default": replace(PAPER, train_eos=True),
+        "paper": PAPER,
+    }
+    config: MemitConfig
+
+    def __init__(self, host: Host, config: MemitConfig, *, seed: int = 0):
+        n_layers = find_architecture(host.model).n_layers
+        layers = config.layers or scaled_layers(PUBLISHED_LAYERS, of=32, n_layers=n_layers)
+        super().__init__(host, config, layers, seed=seed)
+
+    def solve(self, layer: int, keys: Float[Tensor, "edit d_in"], state: State) -> Float[Tensor, "edit d_in"]:
+        """`K^T (weight C + K K^T)^-1`."""
+        return solution(self.config.moments_weight * self.regularized_moments(layer), keys)
+
+
+def solution(
+    weighed: Float[Tensor, "d_in d_in"], keys: Float[Tensor, "edit d_in"]
+) -> Float[Tensor, "edit d_in"]:
+    """`K^T (C + K K^T)^-1`, the columns of `K` being the keys, `C` weighed moments."""
+    return torch.linalg.solve(weighed + keys.T @ keys, keys.T).T

@@ -1,0 +1,132 @@
+"""ROME's closed form against its constrained least squares, and an edit against what it promises."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baft.errors import ConfigError, EditError
+from baft.hosts.encoding import Encoder
+from baft.hosts.models import Host
+from baft.hosts.patches import DeltaPatch, down_projection, weight_of
+from baft.methods.key_value import KeyValues
+from baft.methods.memit import MemitEditor
+from baft.methods.rome import RomeEditor, insertion
+from baft.types import Edit, EditRequest
+from tiny import tiny_host, tiny_tokenizer
+
+TOWER = Edit("The tower is in the city of", "R", subject="city of")
+CONFIG = dataclasses.replace(
+    RomeEditor.preset("paper"), max_steps=3, n_prefixes=1, n_key_prefixes=2, moments_tokens=500
+)
+
+
+def normal(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def moments_of(d_in, seed):
+    keys = normal(3 * d_in, d_in, seed=seed)
+    return keys.T @ keys / len(keys)
+
+
+@given(d_in=st.integers(2, 9), d_out=st.integers(1, 6), seed=st.integers(0, 1000))
+def test_the_insertion_solves_its_constrained_least_squares(d_in, d_out, seed):
+    """Minimize tr(D C D^T) so that D k = r: the system of the gradient and the constraint, solved at once."""
+    C, key = moments_of(d_in, seed), normal(d_in, seed=seed + 1)
+    residual = normal(d_out, seed=seed + 2)
+    system = torch.cat([torch.cat([C, key[:, None]], 1), torch.cat([key, key.new_zeros(1)])[None]])
+    right = torch.cat([residual.new_zeros(d_in, d_out), residual[None]])
+    direct = torch.linalg.solve(system, right)[:d_in].T
+    up, down = insertion(C, key, key, residual)
+    torch.testing.assert_close(torch.outer(up, down), direct, atol=1e-9, rtol=1e-9)
+    if d_in > 2:
+        plain = torch.outer(residual, key) / (key @ key)  # control: meets the constraint, not the least
+        assert not torch.allclose(plain, direct, atol=1e-6)
+        cost, other = (torch.trace(D @ C @ D.T) for D in (direct, plain))
+        assert cost < other
+
+
+def test_a_key_unlike_its_average_is_refused():
+    C = torch.eye(3, dtype=torch.float64)
+    one, other = torch.eye(3, dtype=torch.float64)[:2]
+    with pytest.raises(EditError, match="another layer"):
+        insertion(C, one, other, one)
+
+
+def test_the_edited_weight_puts_out_the_value_at_the_prompts_key(host, monkeypatch):
+    found = []
+    values = KeyValues.values
+
+    def spied(self, *given):
+        vectors, result = values(self, *given)
+        there = self.outputs(*given[:2])
+        found.append(there + vectors)
+        return vectors, result
+
+    monkeypatch.setattr(KeyValues, "values", spied)
+    editor = RomeEditor(host, CONFIG)
+    editor.apply(EditRequest((TOWER,)))
+    module = down_projection(host.model, 0)
+    asked = KeyValues(host, editor.encoder, CONFIG, [TOWER], seed=0)
+    torch.testing.assert_close(asked.outputs(editor.edited.patches, module), found[0], atol=1e-9, rtol=1e-9)
+    assert not torch.allclose(asked.outputs({}, module), found[0], atol=1e-3)  # control
+    # And that is what a weight changed in place would put out.
+    patch = editor.edited.patches[module]
+    assert isinstance(patch, DeltaPatch)
+    _, key = asked.keys({}, module)
+    weight = weight_of(host.model.get_submodule(module)) + patch.whole()
+    torch.testing.assert_close(key @ weight.T, found[0], atol=1e-9, rtol=1e-9)
+    assert int(torch.linalg.matrix_rank(patch.whole())) == 1
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "gemma3_text", "phi3"])
+def test_other_families_are_edited_too(family):
+    host = Host("tiny", tiny_host(family), tiny_tokenizer(), family)
+    settings = {"max_steps": 4, "n_prefixes": 0, "n_key_prefixes": 0}
+    for kind in (RomeEditor, MemitEditor):
+        editor = kind(host, dataclasses.replace(kind.preset("paper"), moments_tokens=500, **settings))
+        outcome = editor.apply(EditRequest((TOWER,)))
+        assert outcome.losses[-1] < outcome.losses[0]
+        assert editor.edited.patches
+
+
+def test_keys_are_means_over_contexts(host):
+    module = down_projection(host.model, 1)
+    encoder = Encoder.for_host(host)
+    asked = KeyValues(host, encoder, CONFIG, [TOWER, Edit("A river", "R", subject="river")], seed=0)
+    averaged, alone = asked.keys({}, module)
+    caught = []
+    handle = host.model.get_submodule(module).register_forward_pre_hook(
+        lambda _, given: caught.append(given[0][0])
+    )
+    with torch.no_grad():
+        for of_edit in asked._averaged:
+            for one in of_edit:
+                host.model(torch.tensor([one.text.prompt_ids]))
+                caught[-1] = caught[-1][one.place]
+    handle.remove()
+    direct = torch.stack(caught).view(2, 3, -1)
+    torch.testing.assert_close(averaged, direct.mean(1), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(alone, direct[:, 0], atol=1e-9, rtol=1e-9)
+
+
+def test_the_vector_stays_within_the_clamp(host):
+    config = dataclasses.replace(CONFIG, learning_rate=10.0, clamp=0.5)
+    editor = RomeEditor(host, config)
+    module, site = editor.modules[0], editor.sites[0]
+    asked = KeyValues(host, editor.encoder, config, [TOWER], seed=0)
+    vectors, result = asked.values({}, module, site, None)
+    length = asked.outputs({}, module).norm()
+    assert float(vectors.norm()) == pytest.approx(0.5 * float(length), rel=1e-9)
+    assert len(result.losses) == 4
+
+
+def test_settings_out_of_range_are_refused(host):
+    for settings in ({"clamp": 0.0}, {"kl_weight": -1.0}, {"n_prefixes": -1}, {"moments_tokens": 1}):
+        with pytest.raises(ConfigError, match=next(iter(settings))):
+            dataclasses.replace(CONFIG, **settings)
+    with pytest.raises(ConfigError, match="layer 3 is out of range"):
+        RomeEditor(host, dataclasses.replace(CONFIG, layer=3))
