@@ -22,6 +22,7 @@ def test_a_peak_counts_what_was_held_meanwhile_and_not_what_is_left():
     n_bytes = 64 << 20
     held = peak_above(lambda: torch.ones(n_bytes // 4).sum())
     assert n_bytes * 0.9 < held.above < n_bytes * 2
+    assert held.whole_process >= held.own + held.above
     # Control: work that holds nothing.
     assert peak_above(lambda: None).above < n_bytes * 0.1
 
