@@ -40,8 +40,8 @@ _AT_A_SUBJECT = {
     "n_prefixes": 2,
     "n_key_prefixes": 4,
 }
-# What a least-squares solution weighs an edit against is as small here as the host. Adapters are scaled up, and
-# take smaller steps for it; MELO trains two layers of the three, and wide blocks.
+# What a least-squares solution weighs an edit against is as small here as the host. Adapters are scaled up
+# and take smaller steps for it; MELO trains two layers of the three, and wide blocks.
 QUICK_OF = {
     "rome": _AT_A_SUBJECT,
     "memit": {**_AT_A_SUBJECT, "moments_weight": 1e-6},
