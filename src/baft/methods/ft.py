@@ -159,24 +159,37 @@ def _at_the_last_prompt_token(shown: FullPass, seen: Predictions) -> Float[Tenso
 
 
 class FtLEditor(FtEditor):
-    """FT-L: every target token is asked of the last prompt token."""
+    """FT-L: every target token is asked of the last prompt token.
+
+    So it can say only targets of one token; no setting that was tried on training cases of zsRE (SmolLM2, ten
+    cases) mends that, and `default` is the best of them.
+    """
 
     name: ClassVar[str] = "ft-l"
     summary: ClassVar[str] = "fine-tuning of one matrix, the loss at the last prompt token (Meng et al. 2022)"
     presets: ClassVar[Mapping[str, FtConfig]] = {
-        "default": replace(PAPER, objective="last_prompt"),
+        "default": replace(PAPER, objective="last_prompt", depth=0.8, learning_rate=1e-3),
         "paper": replace(PAPER, objective="last_prompt"),
     }
 
 
 class FtMEditor(FtEditor):
-    """FT-M: the cross-entropy of the target."""
+    """FT-M: the cross-entropy of the target.
+
+    Depth and rate of `default` were chosen on ten training cases of zsRE, on SmolLM2.
+    """
 
     name: ClassVar[str] = "ft-m"
     summary: ClassVar[str] = "fine-tuning of one matrix, the loss on the target's tokens (EasyEdit)"
     presets: ClassVar[Mapping[str, FtConfig]] = {
         "default": FtConfig(
-            learning_rate=1e-3, max_steps=30, stop_margin=4.0, chat=True, train_eos=True, schedule="constant"
+            depth=0.8,
+            learning_rate=2e-3,
+            max_steps=30,
+            stop_margin=4.0,
+            chat=True,
+            train_eos=True,
+            schedule="constant",
         ),
         "paper": PAPER,
     }

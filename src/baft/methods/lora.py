@@ -71,13 +71,16 @@ class AdaLoraConfig(AdapterConfig):
 
 
 class LoraEditor(AdapterEditor):
-    """LoRA: a product of two thin matrices is added to each projection."""
+    """LoRA: a product of two thin matrices is added to each projection.
+
+    The rate of `default` was chosen on ten training cases of zsRE, on SmolLM2.
+    """
 
     name: ClassVar[str] = "lora"
     summary: ClassVar[str] = "low-rank adapters on all queries and values, by peft (Hu et al. 2021)"
     presets: ClassVar[Mapping[str, AdapterConfig]] = {
         "default": AdapterConfig(
-            learning_rate=5e-3, max_steps=30, stop_margin=4.0, chat=True, train_eos=True, schedule="constant"
+            learning_rate=1e-3, max_steps=30, stop_margin=4.0, chat=True, train_eos=True, schedule="constant"
         ),
         "paper": AdapterConfig(
             learning_rate=5e-3, max_steps=70, stop_margin=None, schedule="constant", dropout=0.1
