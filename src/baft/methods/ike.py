@@ -59,8 +59,8 @@ class IkeConfig:
         ConfigError: If a value is out of range.
     """
 
-    n_demonstrations: int = 8
-    copies: int = 1
+    n_demonstrations: int = 3
+    copies: int = 2
     ends: bool = True
     subject_weight: float = 0.7
     k1: float = 1.2
