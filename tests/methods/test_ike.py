@@ -52,7 +52,7 @@ def test_demonstrations_are_of_the_tuning_half_and_up_to_date():
 
 
 def test_the_paper_s_prompt_by_hand(roomy):
-    editor = made(roomy, FRANCE, n_demonstrations=16, ends=False)
+    editor = made(roomy, FRANCE, n_demonstrations=16, copies=0, ends=False)
     for chat in (False, True):
         text = shown(editor, "France's capital is", chat)
         assert text.count("New Fact: ") == 17
@@ -72,12 +72,20 @@ def test_the_paper_s_prompt_by_hand(roomy):
 
 
 def test_answers_end_as_replies_end(roomy):
-    editor = made(roomy, FRANCE, n_demonstrations=3)
+    editor = made(roomy, FRANCE, n_demonstrations=3, copies=0)
     raw, chat = (shown(editor, "France's capital is", one) for one in (False, True))
     assert raw.count("</s>\n\nNew Fact:") == 3
     assert chat.count("<|im_start|>user\nNew Fact: ") == 4
     assert chat.count("<|im_start|>assistant\n") == 4
     assert chat.endswith("Rome\nPrompt:\nFrance's capital is<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_copies_of_the_new_fact_come_after_the_demonstrations(roomy):
+    text = shown(made(roomy, FRANCE, n_demonstrations=2, copies=2, ends=False), "France's capital is")
+    fact = "New Fact: The capital and largest city of France is Rome\nPrompt:\n"
+    copy = f"{fact}The capital and largest city of France is Rome\n\n"
+    assert text.endswith(f"{copy}{copy}{fact}France's capital is")
+    assert text.count("New Fact: ") == 5
 
 
 def test_an_edit_is_not_shown_its_own_demonstration(roomy):
@@ -87,7 +95,7 @@ def test_an_edit_is_not_shown_its_own_demonstration(roomy):
 
 
 def test_every_prompt_is_given_the_nearest_fact(roomy):
-    editor = made(roomy, FRANCE, HUMMUS, n_demonstrations=0)
+    editor = made(roomy, FRANCE, HUMMUS, n_demonstrations=0, copies=0)
     assert "Rome" in shown(editor, "What do you know of France?")
     assert "beans" in shown(editor, "What is hummus?")
     assert "beans" in shown(editor, "xyz")  # like none: the latest
@@ -100,13 +108,13 @@ def test_a_short_context_has_fewer_demonstrations_the_nearest_ones():
         model = tiny_host("llama", max_position_embeddings=limit)
         return Host("short", model, tiny_tokenizer(chat_template=CHATML), "a tiny random Llama")
 
-    whole = shown(made(host(8192), HUMMUS, n_demonstrations=4, chat=False), "Hummus is")
-    few = shown(made(host(640), HUMMUS, n_demonstrations=4, chat=False), "Hummus is")
+    whole = shown(made(host(8192), HUMMUS, n_demonstrations=4, copies=0, chat=False), "Hummus is")
+    few = shown(made(host(640), HUMMUS, n_demonstrations=4, copies=0, chat=False), "Hummus is")
     assert 1 < few.count("New Fact: ") < 5
     assert whole.removeprefix("<s>").endswith(few.removeprefix("<s>"))
-    none = shown(made(host(128), HUMMUS, n_demonstrations=4, chat=False), "Hummus is")
+    none = shown(made(host(128), HUMMUS, n_demonstrations=4, copies=0, chat=False), "Hummus is")
     assert none.count("New Fact: ") == 1
-    editor = made(host(64), HUMMUS, n_demonstrations=4, chat=False)
+    editor = made(host(64), HUMMUS, n_demonstrations=4, copies=0, chat=False)
     row = Encoder.for_host(editor.host).prompt("Hummus is")
     assert editor.edited.prompter([row]) == [None]
     ids = torch.tensor([row])
@@ -115,7 +123,7 @@ def test_a_short_context_has_fewer_demonstrations_the_nearest_ones():
 
 
 def test_bad_settings_are_refused(roomy):
-    for bad in ({"n_demonstrations": -1}, {"subject_weight": 2.0}, {"window": 0}):
+    for bad in ({"n_demonstrations": -1}, {"copies": -1}, {"subject_weight": 2.0}, {"window": 0}):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             IkeConfig(**bad)
     with pytest.raises(ConfigError, match="k1"):
@@ -123,6 +131,6 @@ def test_bad_settings_are_refused(roomy):
 
 
 def test_more_demonstrations_than_there_are(roomy):
-    editor = IkeEditor(roomy, IkeConfig(n_demonstrations=1000))
+    editor = IkeEditor(roomy, IkeConfig(n_demonstrations=1000, copies=0))
     stored = editor.store([FRANCE])
     assert stored["raw.demonstrations"].shape[:2] == (1, len(demonstrations()) - 1)

@@ -46,6 +46,8 @@ class IkeConfig:
 
     Args:
         n_demonstrations: How many are shown; fewer where the host's context has no room for them.
+        copies: How many times the new fact's own prompt is shown with its answer, after the demonstrations;
+            not in the paper, where a fact is stated and nothing more.
         ends: Whether answers of demonstrations end as replies do: by the end of the text, or of the turn.
         subject_weight: The least share that the words of the subject have when the nearest edit is looked up.
         k1: BM25's: how slowly a word's repetition stops counting.
@@ -57,7 +59,8 @@ class IkeConfig:
         ConfigError: If a value is out of range.
     """
 
-    n_demonstrations: int = 8
+    n_demonstrations: int = 3
+    copies: int = 2
     ends: bool = True
     subject_weight: float = 0.7
     k1: float = 1.2
@@ -66,8 +69,9 @@ class IkeConfig:
     chat: bool = True
 
     def __post_init__(self) -> None:
-        if self.n_demonstrations < 0:
-            raise ConfigError(f"n_demonstrations must be at least 0, got {self.n_demonstrations}")
+        for name in ("n_demonstrations", "copies"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.subject_weight <= 1:
             raise ConfigError(f"subject_weight must be between 0 and 1, got {self.subject_weight}")
         if self.window < 1:
@@ -122,7 +126,7 @@ class IkeEditor(ReadingEditor):
     summary: ClassVar[str] = "every prompt is given the new fact behind demonstrations (Zheng et al. 2023)"
     presets: ClassVar[Mapping[str, IkeConfig]] = {
         "default": IkeConfig(),
-        "paper": IkeConfig(n_demonstrations=16, ends=False),
+        "paper": IkeConfig(n_demonstrations=16, copies=0, ends=False),
     }
     config: IkeConfig
 
@@ -145,7 +149,7 @@ class IkeEditor(ReadingEditor):
 
     def layout(self, requests: Sequence[EditRequest], state: State) -> Layout:
         """For each edit of a request a row, and as many demonstrations as are asked for."""
-        n_shown = min(self.config.n_demonstrations, len(demonstrations()) - 1)
+        n_shown = min(self.config.n_demonstrations, len(demonstrations()) - 1) + self.config.copies
         found: dict[str, tuple[int | None, ...]] = {}
         for i, request in enumerate(requests):
             for how in self._ways:
@@ -180,7 +184,9 @@ class IkeEditor(ReadingEditor):
         ranked = torch.argsort(scores, descending=True, stable=True).tolist()
         others = [pool[i] for i in ranked if pool[i].prompt != edit.prompt]
         n_shown = min(self.config.n_demonstrations, len(pool) - 1)
-        return [(one, _KINDS[i % len(_KINDS)]) for i, one in enumerate(others[:n_shown])][::-1]
+        shown = [(one, _KINDS[i % len(_KINDS)]) for i, one in enumerate(others[:n_shown])][::-1]
+        own = Demonstration(edit.prompt, edit.target.strip(), edit.prompt, edit.prompt, edit.target)
+        return [*shown, *[(own, "copy")] * self.config.copies]
 
     @cached_property
     def _pool(self) -> tuple[Index, tuple[Demonstration, ...]]:

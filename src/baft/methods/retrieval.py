@@ -45,7 +45,8 @@ class RetrievalConfig:
             `false_fire_rate`.
         false_fire_rate: The share of prompts like the background's that an edit may be put into.
         form: What is put in: an earlier answer, or a statement.
-        repeats: How many times; small hosts copy what they have seen copied.
+        repeats: How many times, or as many as the context has room for; small hosts copy what they have seen
+            copied.
         subject_weight: The least share that the words of the subject have in an edit's score, from 0 to 1.
         k1: BM25's: how slowly a word's repetition stops counting.
         b: BM25's: how far long texts are weighed down.
@@ -112,10 +113,9 @@ class RetrievalEditor(ReadingEditor):
 
     def store(self, edits: Sequence[Edit]) -> Mapping[str, Tensor]:
         """Tokens of what is put in, thresholds, and with `states` the keys."""
-        n = self.config.repeats
-        found = {"raw": self.table([self._raw(edit) * n for edit in edits])}
+        found = {"raw": self.table([self._raw(edit) for edit in edits])}
         if self.encoder.has_chat:
-            found["chat"] = self.table([self._chat(edit) * n for edit in edits])
+            found["chat"] = self.table([self._chat(edit) for edit in edits])
         if self.config.keys == "states":
             found["keys"] = self._states.keys([edit.prompt for edit in edits])
             scores = self._states.reached(found["keys"])
@@ -141,8 +141,8 @@ class RetrievalEditor(ReadingEditor):
         """Looks edits up by their keys."""
         n = len(requests)
         thresholds = torch.cat([state[f"{i}.thresholds"] for i in range(n)]).double().cpu()
-        raw = self.rows_of(state, "raw", n)
-        chat = self.rows_of(state, "chat", n) if self.encoder.has_chat else raw
+        raw = self._repeated(state, "raw", n)
+        chat = self._repeated(state, "chat", n) if self.encoder.has_chat else raw
         if self.config.keys == "states":
             keys = torch.cat([state[f"{i}.keys"] for i in range(n)])
 
@@ -159,6 +159,9 @@ class RetrievalEditor(ReadingEditor):
             return [best(scores(text), thresholds) for text in texts]
 
         return Reader(self.encoder, self.turns, find, raw, chat, self._limit)
+
+    def _repeated(self, state: State, name: str, n_requests: int) -> list[list[Row]]:
+        return [pieces * self.config.repeats for pieces in self.rows_of(state, name, n_requests)]
 
     def _shares(self, edit: Edit) -> dict[str, float]:
         return edit_shares(edit, self._bm25, self.config.subject_weight)
