@@ -248,11 +248,11 @@ class GraceEditor(StatefulEditor):
     )
     presets: ClassVar[Mapping[str, GraceConfig]] = {
         "default": GraceConfig(
-            learning_rate=1.0,
+            learning_rate=3.0,
             schedule="constant",
             max_steps=50,
             stop_margin=4.0,
-            epsilon=0.3,
+            epsilon=0.4,
             epsilon_unit="key_length",
             chat=True,
             train_eos=True,
