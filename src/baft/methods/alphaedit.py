@@ -84,7 +84,18 @@ class AlphaEditEditor(SpreadEditor):
     summary: ClassVar[str] = "MEMIT, its changes projected off what ordinary text reads (Fang et al. 2025)"
     presets: ClassVar[Mapping[str, AlphaEditConfig]] = {
         "default": replace(
-            PAPER, learning_rate=0.5, clamp=4.0, weight_decay=1e-3, train_eos=True, threshold_unit="mean"
+            PAPER,
+            learning_rate=0.5,
+            max_steps=50,
+            stop_loss=None,
+            stop_margin=2.0,
+            clamp=4.0,
+            weight_decay=1e-3,
+            n_prefixes=2,
+            n_key_prefixes=10,
+            train_eos=True,
+            threshold=1.0,
+            threshold_unit="mean",
         ),
         "paper": PAPER,
     }

@@ -72,7 +72,16 @@ class MemitEditor(SpreadEditor):
     name: ClassVar[str] = "memit"
     summary: ClassVar[str] = "many facts in one least-squares change of several layers (Meng et al. 2023)"
     presets: ClassVar[Mapping[str, MemitConfig]] = {
-        "default": replace(PAPER, train_eos=True),
+        "default": replace(
+            PAPER,
+            max_steps=50,
+            stop_loss=None,
+            stop_margin=2.0,
+            n_prefixes=2,
+            n_key_prefixes=10,
+            train_eos=True,
+            moments_weight=100.0,
+        ),
         "paper": PAPER,
     }
     config: MemitConfig
