@@ -28,7 +28,7 @@ from baft.hosts.models import Host
 from baft.hosts.patches import weight_shape
 from baft.methods.inserting import SpreadEditor
 from baft.methods.key_value import KeyValueConfig
-from baft.methods.memit import PUBLISHED_LAYERS, refuse_no_layers
+from baft.methods.memit import refuse_no_layers
 from baft.methods.stateful import Layout, State, number_of
 from baft.types import EditRequest
 
@@ -38,8 +38,9 @@ class AlphaEditConfig(KeyValueConfig):
     """Settings of `alphaedit`.
 
     Args:
-        layers: The decoder blocks whose down-projections are changed, counted from 0; None for the published
-            layers 4 to 8 of 32, moved to the host's depth.
+        layers: The decoder blocks whose down-projections are changed, counted from 0; None for
+            `layers_of_32`.
+        layers_of_32: Layers of a host of 32, moved to the depth of the one at hand; the published ones.
         threshold: Moments below this count as none.
         threshold_unit: What the threshold counts: plain numbers, or means of the moments' diagonal.
         l2: Weight of the change's size.
@@ -49,6 +50,7 @@ class AlphaEditConfig(KeyValueConfig):
     """
 
     layers: tuple[int, ...] | None = None
+    layers_of_32: tuple[int, ...] = (4, 5, 6, 7, 8)
     threshold: float = 2e-2
     threshold_unit: Literal["absolute", "mean"] = "mean"
     l2: float = 1.0
@@ -59,6 +61,7 @@ class AlphaEditConfig(KeyValueConfig):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         refuse_no_layers(self.layers)
+        refuse_no_layers(self.layers_of_32)
 
 
 PAPER = AlphaEditConfig(
@@ -81,7 +84,18 @@ class AlphaEditEditor(SpreadEditor):
     summary: ClassVar[str] = "MEMIT, its changes projected off what ordinary text reads (Fang et al. 2025)"
     presets: ClassVar[Mapping[str, AlphaEditConfig]] = {
         "default": replace(
-            PAPER, learning_rate=0.5, clamp=4.0, weight_decay=1e-3, train_eos=True, threshold_unit="mean"
+            PAPER,
+            learning_rate=0.5,
+            max_steps=50,
+            stop_loss=None,
+            stop_margin=2.0,
+            clamp=4.0,
+            weight_decay=1e-3,
+            n_prefixes=2,
+            n_key_prefixes=10,
+            train_eos=True,
+            threshold=1.0,
+            threshold_unit="mean",
         ),
         "paper": PAPER,
     }
@@ -89,7 +103,7 @@ class AlphaEditEditor(SpreadEditor):
 
     def __init__(self, host: Host, config: AlphaEditConfig, *, seed: int = 0):
         n_layers = find_architecture(host.model).n_layers
-        layers = config.layers or scaled_layers(PUBLISHED_LAYERS, of=32, n_layers=n_layers)
+        layers = config.layers or scaled_layers(config.layers_of_32, of=32, n_layers=n_layers)
         super().__init__(host, config, layers, seed=seed)
         self._projections: dict[int, Tensor] = {}
 

@@ -28,16 +28,15 @@ from baft.methods.inserting import SpreadEditor
 from baft.methods.key_value import KeyValueConfig
 from baft.methods.stateful import State
 
-PUBLISHED_LAYERS = (4, 5, 6, 7, 8)  # of 32
-
 
 @dataclass(frozen=True, kw_only=True)
 class MemitConfig(KeyValueConfig):
     """Settings of `memit`.
 
     Args:
-        layers: The decoder blocks whose down-projections are changed, counted from 0; None for the published
-            layers 4 to 8 of 32, moved to the host's depth.
+        layers: The decoder blocks whose down-projections are changed, counted from 0; None for
+            `layers_of_32`.
+        layers_of_32: Layers of a host of 32, moved to the depth of the one at hand; the published ones.
         moments_weight: How many ordinary keys an edit's key is weighed against.
 
     Raises:
@@ -45,6 +44,7 @@ class MemitConfig(KeyValueConfig):
     """
 
     layers: tuple[int, ...] | None = None
+    layers_of_32: tuple[int, ...] = (4, 5, 6, 7, 8)
     moments_weight: float = 15_000.0
 
     def __post_init__(self) -> None:
@@ -52,6 +52,7 @@ class MemitConfig(KeyValueConfig):
         if not self.moments_weight > 0:
             raise ConfigError(f"moments_weight must be positive, got {self.moments_weight}")
         refuse_no_layers(self.layers)
+        refuse_no_layers(self.layers_of_32)
 
 
 def refuse_no_layers(layers: tuple[int, ...] | None) -> None:
@@ -71,14 +72,23 @@ class MemitEditor(SpreadEditor):
     name: ClassVar[str] = "memit"
     summary: ClassVar[str] = "many facts in one least-squares change of several layers (Meng et al. 2023)"
     presets: ClassVar[Mapping[str, MemitConfig]] = {
-        "default": replace(PAPER, train_eos=True),
+        "default": replace(
+            PAPER,
+            max_steps=50,
+            stop_loss=None,
+            stop_margin=2.0,
+            n_prefixes=2,
+            n_key_prefixes=10,
+            train_eos=True,
+            moments_weight=100.0,
+        ),
         "paper": PAPER,
     }
     config: MemitConfig
 
     def __init__(self, host: Host, config: MemitConfig, *, seed: int = 0):
         n_layers = find_architecture(host.model).n_layers
-        layers = config.layers or scaled_layers(PUBLISHED_LAYERS, of=32, n_layers=n_layers)
+        layers = config.layers or scaled_layers(config.layers_of_32, of=32, n_layers=n_layers)
         super().__init__(host, config, layers, seed=seed)
 
     def solve(self, layer: int, keys: Float[Tensor, "edit d_in"], state: State) -> Float[Tensor, "edit d_in"]:

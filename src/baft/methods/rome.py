@@ -40,11 +40,13 @@ class RomeConfig(KeyValueConfig):
     """Settings of `rome`.
 
     Args:
-        layer: The decoder block whose down-projection is changed, counted from 0; None for the published
-            layer 5 of 32, moved to the host's depth.
+        layer: The decoder block whose down-projection is changed, counted from 0; None for
+            `layer_of_32`.
+        layer_of_32: A layer of a host of 32, moved to the depth of the one at hand; the published one.
     """
 
     layer: int | None = None
+    layer_of_32: int = 5
 
 
 PAPER = RomeConfig(
@@ -64,14 +66,26 @@ class RomeEditor(InsertingEditor):
     name: ClassVar[str] = "rome"
     summary: ClassVar[str] = "a rank-one change of one matrix, in closed form (Meng et al. 2022)"
     presets: ClassVar[Mapping[str, RomeConfig]] = {
-        "default": replace(PAPER, n_prefixes=5, n_key_prefixes=20, train_eos=True),
+        "default": replace(
+            PAPER,
+            max_steps=50,
+            stop_loss=None,
+            stop_margin=2.0,
+            n_prefixes=2,
+            n_key_prefixes=10,
+            train_eos=True,
+        ),
         "paper": PAPER,
     }
     config: RomeConfig
 
     def __init__(self, host: Host, config: RomeConfig, *, seed: int = 0):
         n_layers = find_architecture(host.model).n_layers
-        layers = scaled_layers((5,), of=32, n_layers=n_layers) if config.layer is None else (config.layer,)
+        layers = (
+            scaled_layers((config.layer_of_32,), of=32, n_layers=n_layers)
+            if config.layer is None
+            else (config.layer,)
+        )
         super().__init__(host, config, layers, seed=seed)
 
     def fit(

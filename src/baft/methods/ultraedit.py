@@ -42,7 +42,6 @@ from baft.methods.training import row_margins
 from baft.nn.losses import row_cross_entropy
 from baft.types import EditRequest
 
-PUBLISHED_GATES, PUBLISHED_UPS = (11, 12, 13, 14, 15), (18, 19, 20, 21, 22, 23, 24)  # of 32, Llama 3
 _EPS = 1e-8
 _TEXTS = 16  # in one pass
 
@@ -53,8 +52,11 @@ class UltraEditConfig:
 
     Args:
         gate_layers: The blocks whose gate is changed, counted from 0 (of hosts without gates: the
-            up-projection); None for the published layers 11 to 15 of 32, moved to the host's depth.
-        up_layers: The blocks whose up-projection is changed; None for the published 18 to 24 of 32.
+            up-projection); None for `gates_of_32`.
+        up_layers: The blocks whose up-projection is changed; None for `ups_of_32`.
+        gates_of_32: Layers of a host of 32, moved to the depth of the one at hand; those published for
+            Llama 3 8B.
+        ups_of_32: Likewise.
         learning_rate: How far outputs are moved.
         ridge: Of the regression.
         warm_up: Texts that no edit is about on which the statistics start.
@@ -67,6 +69,8 @@ class UltraEditConfig:
 
     gate_layers: tuple[int, ...] | None = None
     up_layers: tuple[int, ...] | None = None
+    gates_of_32: tuple[int, ...] = (11, 12, 13, 14, 15)
+    ups_of_32: tuple[int, ...] = (18, 19, 20, 21, 22, 23, 24)
     learning_rate: float = 1e-6
     ridge: float = 1.0
     warm_up: int = 0
@@ -80,7 +84,8 @@ class UltraEditConfig:
                 raise ConfigError(f"{name} must be a positive number, got {value}")
         if not 0 <= self.warm_up <= 300:
             raise ConfigError(f"warm_up must be between 0 and 300 texts, got {self.warm_up}")
-        if self.gate_layers == () and self.up_layers == ():
+        gates = self.gates_of_32 if self.gate_layers is None else self.gate_layers
+        if not gates and not (self.ups_of_32 if self.up_layers is None else self.up_layers):
             raise ConfigError("ultraedit has nothing to edit: name gate_layers or up_layers")
 
 
@@ -180,7 +185,9 @@ class UltraEditEditor(AdditiveEditor):
         {Capability.BATCH, Capability.SEQUENTIAL, Capability.EXACT_UNDO}
     )
     presets: ClassVar[Mapping[str, UltraEditConfig]] = {
-        "default": UltraEditConfig(learning_rate=1e-3, warm_up=64),
+        "default": UltraEditConfig(
+            gates_of_32=(), ups_of_32=(26, 27, 28, 29, 30, 31), learning_rate=4e-4, warm_up=64
+        ),
         "paper": UltraEditConfig(),
     }
     config: UltraEditConfig
@@ -191,8 +198,8 @@ class UltraEditEditor(AdditiveEditor):
         architecture = find_architecture(host.model)
         n = architecture.n_layers
         gates, ups = config.gate_layers, config.up_layers
-        gates = scaled_layers(PUBLISHED_GATES, of=32, n_layers=n) if gates is None else gates
-        ups = scaled_layers(PUBLISHED_UPS, of=32, n_layers=n) if ups is None else ups
+        gates = scaled_layers(config.gates_of_32, of=32, n_layers=n) if gates is None else gates
+        ups = scaled_layers(config.ups_of_32, of=32, n_layers=n) if ups is None else ups
         named = {f"layer{layer}.gate": up_projections(host.model, layer)[0] for layer in gates}
         named |= {f"layer{layer}.up": up_projections(host.model, layer)[-1] for layer in ups}
         self.modules = {module: short for short, module in named.items()}  # one that is both stands once
