@@ -60,7 +60,7 @@ class Call:
 
 
 @final
-class InForce:
+class Acting:
     """All that is in force at one time, and fused forms of it, made where they are first wanted.
 
     Args:

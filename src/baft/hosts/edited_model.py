@@ -19,7 +19,7 @@ from baft.errors import InputError, UnsupportedHostError
 from baft.hosts.architecture import Architecture, Site, find_architecture, text_config
 from baft.hosts.calls import (
     Call,
-    InForce,
+    Acting,
     Parts,
     Recording,
     Stack,
@@ -69,7 +69,7 @@ class EditedModel:
         self.host = host
         self.positions = positions or PositionSpec()
         self.architecture: Architecture = find_architecture(host)
-        self._in_force = InForce({})
+        self._in_force = Acting({})
         self.interventions = interventions or {}
         self._stack: Stack | None = None
 
@@ -107,7 +107,7 @@ class EditedModel:
     def interventions(self, interventions: Mapping[Site, Parts]) -> None:
         for site in interventions:
             self.architecture.block(site)
-        self._in_force = InForce(interventions, self.patches, self.prompter)
+        self._in_force = Acting(interventions, self.patches, self.prompter)
 
     @property
     def patches(self) -> Mapping[str, Patch]:
@@ -118,7 +118,7 @@ class EditedModel:
     def patches(self, patches: Mapping[str, Patch]) -> None:
         for name in patches:
             self.host.get_submodule(name)
-        self._in_force = InForce(self.interventions, patches, self.prompter)
+        self._in_force = Acting(self.interventions, patches, self.prompter)
 
     @property
     def prompter(self) -> Prompter | None:
@@ -127,7 +127,7 @@ class EditedModel:
 
     @prompter.setter
     def prompter(self, prompter: Prompter | None) -> None:
-        self._in_force = InForce(self.interventions, self.patches, prompter)
+        self._in_force = Acting(self.interventions, self.patches, prompter)
 
     def follow(self, other: "EditedModel") -> None:
         """Puts into force what is in force in another model of the same host, in place of all there is."""
