@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from baft.errors import InputError, UnsupportedHostError
 from baft.hosts.architecture import Architecture, Site, find_architecture, text_config
 from baft.hosts.calls import (
-    Call,
     Acting,
+    Call,
     Parts,
     Recording,
     Stack,
