@@ -116,7 +116,10 @@ _PAPER_ADALORA = AdaLoraConfig(
 
 
 class AdaLoraEditor(AdapterEditor):
-    """AdaLoRA: the product has a diagonal, on which what matters least is pruned."""
+    """AdaLoRA: the product has a diagonal, on which what matters least is pruned.
+
+    The rate of `default` is the published one, which did well on ten training cases of zsRE, on SmolLM2.
+    """
 
     name: ClassVar[str] = "adalora"
     summary: ClassVar[str] = "low-rank adapters that share a budget of ranks, by peft (Zhang et al. 2023)"
