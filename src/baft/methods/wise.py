@@ -168,8 +168,11 @@ class WiseEditor(StatefulEditor):
     presets: ClassVar[Mapping[str, WiseConfig]] = {
         "default": replace(
             PAPER,
+            optimizer="adam",
+            learning_rate=0.03,
             stop_loss=None,
             stop_margin=4.0,
+            act_ratio=0.5,
             n_openings=2,
             n_irrelevant=32,
             chat=True,
