@@ -1,7 +1,10 @@
 """Experiment files, and the tasks they come to."""
 
+from pathlib import Path
+
 import pytest
 
+from baft.data.base import benchmarks
 from baft.errors import ConfigError
 from baft.evals.experiment import (
     BenchmarkSpec,
@@ -11,7 +14,11 @@ from baft.evals.experiment import (
     read_experiment,
     tasks_of,
 )
+from baft.hosts.embedded import EMBEDDED
+from baft.methods.base import methods
 from baft.types import Edit, EditCase
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 WHOLE = """
 seeds = [0, 3]
@@ -120,3 +127,15 @@ def test_a_seed_draws_the_order_of_edits_that_meet():
         [task.cases[0].id for task in found if task.id.startswith(f"toy/all:single:seed{s}")] for s in (0, 2)
     ]
     assert singles[0] == singles[1]
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_experiment_of_the_repository_can_be_run(path):
+    if path.stem == "dev_facts":  # facts for the demo
+        return
+    experiment = read_experiment(path)
+    assert experiment.model in EMBEDDED
+    for spec in experiment.methods:
+        methods.get(spec.name).configured(spec.preset, spec.settings)
+    for benchmark in experiment.benchmarks:
+        assert benchmark.name in benchmarks.names()
