@@ -8,6 +8,7 @@ import torch
 from baft.errors import ConfigError, EditError
 from baft.hosts.encoding import Encoder
 from baft.methods import baft as module
+from baft.methods.baft import alike
 from baft.methods.base import Apart, Capability, StackedEditor, methods
 from baft.types import Edit, EditRequest
 from tiny import tiny_tokenizer
@@ -264,3 +265,12 @@ def test_a_method_offers_it_or_not():
     for name in methods.names():
         kind = methods.get(name)
         assert (Capability.STACKED in kind.capabilities) == issubclass(kind, StackedEditor)
+
+
+def test_stacks_hold_edits_of_like_width():
+    widths = [9, 4, 5] * 10 + [20]
+    stacks = alike(widths, 64)
+    assert [sorted({widths[i] for i in stack}) for stack in stacks] == [[4, 5], [9, 20]]  # one is no stack
+    assert sorted(i for stack in stacks for i in stack) == list(range(31))
+    assert [len(stack) for stack in alike([5] * 10, 4)] == [4, 4, 2]
+    assert alike([3, 99], 64) == [[0, 1]]

@@ -166,10 +166,9 @@ class BaftEditor(StackedEditor):
         penalty = self._bases.penalty(negatives, len(self.requests) + 1)
         results: list[TrainingResult | EditError] = []
         stacks: list[Layers] = []
-        # Stacks of targets of like length, so that little of a step is padding.
-        order = sorted(range(len(edits)), key=lambda i: len(all_texts[i * n_rows].target_ids))
-        for start in range(0, len(edits), self.config.edits_at_once):
-            some = order[start : start + self.config.edits_at_once]
+        widths = [self.config.last_prompt + len(text.target_ids) for text in all_texts[::n_rows]]
+        stacks_of = alike(widths, self.config.edits_at_once)
+        for some in stacks_of:
             texts = [text for i in some for text in all_texts[i * n_rows : (i + 1) * n_rows]]
             run, why = self._run(texts)
             trained = self._bases.start([edits[i] for i in some], run, texts, negatives, apart=True)
@@ -184,7 +183,7 @@ class BaftEditor(StackedEditor):
             )
             results += found
             stacks.append(trained_apart)
-        back = torch.tensor(order).argsort()
+        back = torch.tensor([i for some in stacks_of for i in some]).argsort()
         results = [results[i] for i in back.tolist()]
         layers = {
             site: concatenate([stack[site] for stack in stacks]).select(back.to(self._frame.device(site)))
@@ -303,6 +302,28 @@ class BaftEditor(StackedEditor):
     @cached_property
     def _background(self) -> Background:
         return background(self.host, self.encoder, self.sites)
+
+
+def alike(widths: Sequence[int], most: int) -> list[list[int]]:
+    """Stacks of edits whose texts are of like width, so that little of a step is padding.
+
+    Args:
+        widths: Of each edit, the tokens that a step runs.
+        most: Edits in a stack.
+    """
+    found: list[list[int]] = [[]]
+    order = sorted(range(len(widths)), key=lambda i: widths[i])
+    for n, i in enumerate(order):
+        stack, left = found[-1], len(order) - n
+        is_wider = bool(stack) and widths[i] > _LIKE * widths[stack[0]]
+        if len(stack) == most or (is_wider and min(len(stack), left) >= _FEWEST):
+            found.append(stack := [])
+        stack.append(i)
+    return found
+
+
+_LIKE = 1.4  # widest of a stack against its narrowest
+_FEWEST = 8  # so few edits are no stack: each step would read all weights for them alone
 
 
 def _outcome(
