@@ -105,8 +105,16 @@ NOT_RANDOM = {"ft-l", "ft-m", "ultraedit", *READ}
 ASKED = {"ft-l": OF_ONE_TOKEN, "grace": OF_ONE_TOKEN, **dict.fromkeys(AT_A_SUBJECT, ABOUT)}
 ONE_BY_ONE = {"rome"}  # edits of one request are made one after the other
 ONE_STEP = {"ultraedit"}  # nothing is trained, and one step gets as far as it gets: here, not to the target
-# With a space behind, they show every prompt's last token with and without one.
-PROBES = ("The tower is in the city of ", "A river ", "Nothing in particular", "The king of France was ")
+# Every prompt ends as some edit's does: with a space behind, and without.
+PROBES = (
+    "The tower is in the city of ",
+    "A river ",
+    "Nothing in particular",
+    "The king of France was ",
+    "The tower is in the city of",
+    "A river",
+    "The king of France was",
+)
 
 
 def make(host, method, preset, *, seed=0, **settings):
