@@ -118,8 +118,8 @@ def default_layers(n_layers: int) -> tuple[int, ...]:
     return scaled_layers((9, 18, 24, 28), of=32, n_layers=n_layers)
 
 
-def scaled_layers(layers: Iterable[int], *, of: int, n_layers: int) -> tuple[int, ...]:
-    """Layers of a host of `of` layers, moved to one of `n_layers`.
+def scaled_layers(layers: Iterable[int] | Iterable[float], *, of: int, n_layers: int) -> tuple[int, ...]:
+    """Layers of a host of `of` layers, moved to one of `n_layers`; of one layer, shares of the depth.
 
     `min(n - 1, floor(k n / of + 0.5))` for each of them, in order, duplicates dropped.
     """

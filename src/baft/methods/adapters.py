@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from baft.errors import ConfigError, UnsupportedHostError
 from baft.hosts.architecture import Site, find_architecture, intervention_dtype, site_device, text_config
 from baft.hosts.edited_model import EditedModel
-from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from baft.hosts.passes import FullPass, Predictions
 from baft.hosts.patches import DeltaPatch, Seen, weight_shape
-from baft.methods.base import Capability, EditOutcome, OnStep
-from baft.methods.descent import Descent, outcome_of
+from baft.methods.base import EditOutcome, OnStep
+from baft.methods.descent import Descent
 from baft.methods.optimizer import DescentConfig
 from baft.methods.stateful import Layout, State, StatefulEditor
 from baft.methods.texts import renderings
+from baft.methods.training import outcome_of
 from baft.types import EditRequest
 
 ADAPTER = "default"  # peft's name for the only adapter of a model
@@ -82,19 +82,14 @@ class AdapterEditor(StatefulEditor):
         UnsupportedHostError: If the host has no projections of the names that are looked for.
     """
 
-    capabilities: ClassVar[frozenset[Capability]] = frozenset(
-        {Capability.BATCH, Capability.SEQUENTIAL, Capability.EXACT_UNDO}
-    )
     config: AdapterConfig
 
     def __init__(self, host: Host, config: AdapterConfig, *, seed: int = 0):
         super().__init__(host, config, seed=seed)
         self._peft = require_peft()
         self.trains_eos = config.train_eos
-        architecture = find_architecture(host.model)
         self.modules = projections(host.model)
         self.sites = tuple(dict.fromkeys(self.modules.values()))
-        self.encoder = Encoder.for_host(host, max_tokens=architecture.max_positions)
 
     @abstractmethod
     def peft_config(self, targets: list[str]) -> Any:
@@ -149,8 +144,7 @@ class AdapterEditor(StatefulEditor):
         made = {
             f"{name}.{key}": one for name, kept in adapter.parameters.items() for key, one in kept.items()
         }
-        seconds_s = time.monotonic() - began
-        return made, outcome_of(request, result, len(texts) // len(request.edits), seconds_s)
+        return made, outcome_of(request, result, time.monotonic() - began)
 
     def put(self, edited: EditedModel, state: State, requests: Sequence[EditRequest]) -> None:
         """The adapters' products are added to the projections."""

@@ -23,24 +23,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from baft.errors import ConfigError
-from baft.hosts.architecture import find_architecture, scaled_layers
 from baft.hosts.models import Host
 from baft.hosts.patches import weight_shape
-from baft.methods.inserting import SpreadEditor
-from baft.methods.key_value import KeyValueConfig
-from baft.methods.memit import refuse_no_layers
+from baft.methods.inserting import SpreadConfig, SpreadEditor
 from baft.methods.stateful import Layout, State, number_of
 from baft.types import EditRequest
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlphaEditConfig(KeyValueConfig):
+class AlphaEditConfig(SpreadConfig):
     """Settings of `alphaedit`.
 
     Args:
-        layers: The decoder blocks whose down-projections are changed, counted from 0; None for
-            `layers_of_32`.
-        layers_of_32: Layers of a host of 32, moved to the depth of the one at hand; the published ones.
         threshold: Moments below this count as none.
         threshold_unit: What the threshold counts: plain numbers, or means of the moments' diagonal.
         l2: Weight of the change's size.
@@ -49,8 +43,6 @@ class AlphaEditConfig(KeyValueConfig):
         ConfigError: If a value is out of range.
     """
 
-    layers: tuple[int, ...] | None = None
-    layers_of_32: tuple[int, ...] = (4, 5, 6, 7, 8)
     threshold: float = 2e-2
     threshold_unit: Literal["absolute", "mean"] = "mean"
     l2: float = 1.0
@@ -60,8 +52,6 @@ class AlphaEditConfig(KeyValueConfig):
         for name in ("threshold", "l2"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        refuse_no_layers(self.layers)
-        refuse_no_layers(self.layers_of_32)
 
 
 PAPER = AlphaEditConfig(
@@ -102,9 +92,7 @@ class AlphaEditEditor(SpreadEditor):
     config: AlphaEditConfig
 
     def __init__(self, host: Host, config: AlphaEditConfig, *, seed: int = 0):
-        n_layers = find_architecture(host.model).n_layers
-        layers = config.layers or scaled_layers(config.layers_of_32, of=32, n_layers=n_layers)
-        super().__init__(host, config, layers, seed=seed)
+        super().__init__(host, config, seed=seed)
         self._projections: dict[int, Tensor] = {}
 
     def projection(self, layer: int) -> Float[Tensor, "d_in d_in"]:
@@ -132,9 +120,9 @@ class AlphaEditEditor(SpreadEditor):
         past = torch.cat([keys[:0], *earlier])
         return projected_solution(self.projection(layer), keys, past, self.config.l2)
 
-    def more(self, layer: int, state: State, keys: Float[Tensor, "edit d_in"]) -> Mapping[str, Tensor]:
+    def more(self, layer: int, keys: Float[Tensor, "edit d_in"]) -> Mapping[str, Tensor]:
         """The keys, for the requests to come."""
-        return {f"{self.n_requests(state)}.layer{layer}.keys": self.kept(keys)}
+        return {f"{len(self.requests)}.layer{layer}.keys": self.kept(keys)}
 
     def layout(self, requests: Sequence[EditRequest], state: State) -> Layout:
         """As of all such methods, and the keys."""

@@ -31,7 +31,7 @@ from baft.methods.base import Apart, Capability, EditOutcome, GateReading, OnSte
 from baft.methods.bases import Bases, Frame, OwnBases, SharedBases
 from baft.methods.optimizer import Layers
 from baft.methods.texts import renderings
-from baft.methods.training import TrainingResult, train, train_apart, train_in_batches
+from baft.methods.training import TrainingResult, outcome_of, train, train_apart, train_in_batches
 from baft.nn.interventions import concatenate
 from baft.nn.orthonormal import check_rank
 from baft.types import Edit, EditRequest
@@ -103,8 +103,7 @@ class BaftEditor(StackedEditor):
             self._bases.commit(run, trained)
             self.requests = (*self.requests, request)
             self._edited.interventions = self._bases.in_force()
-        margins = tuple(min(result.margins[i : i + n_rows]) for i in range(0, len(texts), n_rows))
-        return _outcome(request, result, margins, time.monotonic() - began, why)
+        return outcome_of(request, result, time.monotonic() - began, why)
 
     def apart(self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None) -> Apart:
         """Makes each edit by itself, all in one batch; none is in force afterwards."""
@@ -191,9 +190,7 @@ class BaftEditor(StackedEditor):
         }
         share = (time.monotonic() - began) / len(edits)
         outcomes = tuple(
-            result
-            if isinstance(result, EditError)
-            else _outcome(request, result, (min(result.margins),), share, why)
+            result if isinstance(result, EditError) else outcome_of(request, result, share, why)
             for request, result in zip(requests, results, strict=True)
         )
         return outcomes, layers
@@ -324,25 +321,6 @@ def alike(widths: Sequence[int], most: int) -> list[list[int]]:
 
 _LIKE = 1.4  # widest of a stack against its narrowest
 _FEWEST = 8  # so few edits are no stack: each step would read all weights for them alone
-
-
-def _outcome(
-    request: EditRequest,
-    result: TrainingResult,
-    margins: tuple[float, ...],
-    seconds_s: float,
-    why_full: str | None,
-) -> EditOutcome:
-    return EditOutcome(
-        edit_ids=tuple(edit.id for edit in request.edits),
-        decoded=tuple(margin > 0 for margin in margins),
-        margins=margins,
-        losses=result.losses,
-        n_steps=result.n_steps,
-        stopped=result.stopped,
-        seconds_s=seconds_s,
-        why_full=why_full,
-    )
 
 
 class ReftEditor(BaftEditor):

@@ -14,7 +14,7 @@ from baft.hosts.architecture import Site
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.models import Host
 from baft.registry import Registry, unknown_name
-from baft.types import EditRequest
+from baft.types import Edit, EditRequest
 
 OnStep = Callable[[int, int, float], None]  # step, most steps there can be, loss
 
@@ -52,6 +52,35 @@ class EditOutcome:
     stopped: Literal["margin", "loss", "max_steps", "closed_form"]
     seconds_s: float
     why_full: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        edits: Sequence[Edit],
+        margins: Sequence[float],
+        *,
+        losses: Sequence[float],
+        n_steps: int,
+        stopped: Literal["margin", "loss", "max_steps", "closed_form"],
+        seconds_s: float,
+        why_full: str | None = None,
+    ) -> "EditOutcome":
+        """How edits went whose texts, as many of each edit, stand side by side.
+
+        Args:
+            edits: The edits.
+            margins: The smallest lead of any target token of each text, in nats.
+            losses: As above, like all that follow.
+            n_steps: Steps taken.
+            stopped: Why it stopped.
+            seconds_s: Wall time.
+            why_full: Why every step ran the whole host, or None.
+        """
+        n_rows = len(margins) // len(edits)
+        of_edits = tuple(min(margins[i : i + n_rows]) for i in range(0, len(margins), n_rows))
+        decoded = tuple(margin > 0 for margin in of_edits)
+        ids = tuple(edit.id for edit in edits)
+        return cls(ids, decoded, of_edits, tuple(losses), n_steps, stopped, seconds_s, why_full)
 
 
 @dataclass(frozen=True, slots=True)

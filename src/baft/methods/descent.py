@@ -16,11 +16,10 @@ from torch import Tensor
 
 from baft.errors import EditError
 from baft.hosts.passes import FullPass, Predictions
-from baft.methods.base import EditOutcome, OnStep
+from baft.methods.base import OnStep
 from baft.methods.optimizer import DescentConfig
 from baft.methods.training import Stopped, TrainingResult, broke_down, met_stop_rule, row_margins
 from baft.nn.losses import target_cross_entropy
-from baft.types import EditRequest
 
 
 @runtime_checkable
@@ -101,19 +100,3 @@ class Descent:
         margins = row_margins(logits, shown)
         cross_entropy = target_cross_entropy(logits, shown.targets, shown.rows).item()
         return met_stop_rule(self.config, step, cross_entropy, margins.min().item()), margins
-
-
-def outcome_of(request: EditRequest, result: TrainingResult, n_rows: int, seconds_s: float) -> EditOutcome:
-    """How a request went whose texts, `n_rows` of each edit side by side, were trained together."""
-    margins = tuple(
-        min(result.margins[i : i + n_rows]) for i in range(0, n_rows * len(request.edits), n_rows)
-    )
-    return EditOutcome(
-        edit_ids=tuple(edit.id for edit in request.edits),
-        decoded=tuple(margin > 0 for margin in margins),
-        margins=margins,
-        losses=result.losses,
-        n_steps=result.n_steps,
-        stopped=result.stopped,
-        seconds_s=seconds_s,
-    )

@@ -26,17 +26,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from baft.errors import ConfigError
-from baft.hosts.architecture import Site, find_architecture, intervention_dtype, site_device
+from baft.hosts.architecture import find_architecture, intervention_dtype, scaled_layers
 from baft.hosts.edited_model import EditedModel
-from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from baft.hosts.passes import FullPass, Predictions
-from baft.hosts.patches import DeltaPatch, down_projection, weight_shape
-from baft.methods.base import Capability, EditOutcome, OnStep
-from baft.methods.descent import Descent, outcome_of
+from baft.hosts.patches import DeltaPatch
+from baft.methods.base import EditOutcome, OnStep
+from baft.methods.descent import Descent
 from baft.methods.optimizer import DescentConfig
-from baft.methods.stateful import Layout, State, StatefulEditor
+from baft.methods.stateful import DownProjectionEditor, Layout, State
 from baft.methods.texts import renderings
+from baft.methods.training import outcome_of
 from baft.nn.losses import target_cross_entropy
 from baft.types import EditRequest
 
@@ -78,7 +78,7 @@ class FtConfig(DescentConfig):
 PAPER = FtConfig(learning_rate=5e-4, schedule="constant", max_steps=25, stop_loss=1e-2, stop_margin=None)
 
 
-class FtEditor(StatefulEditor):
+class FtEditor(DownProjectionEditor):
     """Fine-tuning of one down-projection.
 
     Args:
@@ -91,21 +91,13 @@ class FtEditor(StatefulEditor):
         UnsupportedHostError: If the layer has no down-projection of its own.
     """
 
-    capabilities: ClassVar[frozenset[Capability]] = frozenset(
-        {Capability.BATCH, Capability.SEQUENTIAL, Capability.EXACT_UNDO}
-    )
     config: FtConfig
 
     def __init__(self, host: Host, config: FtConfig, *, seed: int = 0):
-        super().__init__(host, config, seed=seed)
+        n_layers = find_architecture(host.model).n_layers
+        [at_depth] = scaled_layers((config.depth,), of=1, n_layers=n_layers)
+        super().__init__(host, config, at_depth if config.layer is None else config.layer, seed=seed)
         self.trains_eos = config.train_eos
-        architecture = find_architecture(host.model)
-        n_layers = architecture.n_layers
-        at_depth = min(n_layers - 1, int(config.depth * n_layers + 0.5))
-        layer = at_depth if config.layer is None else config.layer
-        self.sites = (Site(layer),)
-        self.module = down_projection(host.model, layer)
-        self.encoder = Encoder.for_host(host, max_tokens=architecture.max_positions)
 
     def fit(
         self, request: EditRequest, state: State, on_step: OnStep | None
@@ -115,11 +107,8 @@ class FtEditor(StatefulEditor):
         config = self.config
         texts = renderings(self.encoder, request.edits, chat=config.chat, eos=config.train_eos)
         shown = FullPass(self.host, self.encoder, self.positions, texts, ())
-        delta = torch.zeros(
-            self._shape,
-            dtype=intervention_dtype(self.host.model),
-            device=site_device(self.host.model, self.sites[0]),
-        )
+        dtype = intervention_dtype(self.host.model)
+        delta = torch.zeros(self.shape, dtype=dtype, device=self.device)
         if state:
             delta.copy_(state[DELTA])
         delta.requires_grad_()
@@ -130,8 +119,7 @@ class FtEditor(StatefulEditor):
 
         descent = Descent([delta], config, loss, lambda: self._within_bounds(delta))
         result = descent.run(shown, on_step)
-        seconds_s = time.monotonic() - began
-        return {DELTA: delta}, outcome_of(request, result, len(texts) // len(request.edits), seconds_s)
+        return {DELTA: delta}, outcome_of(request, result, time.monotonic() - began)
 
     def put(self, edited: EditedModel, state: State, requests: Sequence[EditRequest]) -> None:
         """The matrix is added to what the down-projection puts out."""
@@ -139,11 +127,7 @@ class FtEditor(StatefulEditor):
 
     def layout(self, requests: Sequence[EditRequest], state: State) -> Layout:
         """One matrix of the weight's shape."""
-        return {DELTA: self._shape}
-
-    @property
-    def _shape(self) -> tuple[int, int]:
-        return weight_shape(self.host.model.get_submodule(self.module))
+        return {DELTA: self.shape}
 
     def _within_bounds(self, delta: Float[Tensor, "d_out d_in"]) -> None:
         bound = self.config.norm_bound

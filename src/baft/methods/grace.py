@@ -39,18 +39,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from baft.errors import ConfigError
-from baft.hosts.architecture import Site, find_architecture, intervention_dtype, site_device
+from baft.hosts.architecture import find_architecture, intervention_dtype, scaled_layers
 from baft.hosts.edited_model import EditedModel
-from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from baft.hosts.passes import FullPass
-from baft.hosts.patches import Seen, down_projection, weight_shape
+from baft.hosts.patches import Seen
 from baft.hosts.positions import PositionSpec
-from baft.methods.base import Capability, EditOutcome, OnStep
-from baft.methods.descent import Descent, outcome_of
+from baft.methods.base import EditOutcome, OnStep
+from baft.methods.descent import Descent
 from baft.methods.optimizer import DescentConfig
-from baft.methods.stateful import Layout, State, StatefulEditor
+from baft.methods.stateful import DownProjectionEditor, Layout, State
 from baft.methods.texts import renderings
+from baft.methods.training import outcome_of
 from baft.types import EditRequest
 
 KEYS, VALUES, RADII, OWNERS = "keys", "values", "radii", "owners"
@@ -228,7 +228,7 @@ class _Reader:
         self.outputs = output.reshape(-1, output.shape[-1])[where]
 
 
-class GraceEditor(StatefulEditor):
+class GraceEditor(DownProjectionEditor):
     """A codebook at one layer.
 
     Args:
@@ -243,9 +243,6 @@ class GraceEditor(StatefulEditor):
 
     name: ClassVar[str] = "grace"
     summary: ClassVar[str] = "a codebook of states and replaced outputs (Hartvigsen et al. 2023)"
-    capabilities: ClassVar[frozenset[Capability]] = frozenset(
-        {Capability.BATCH, Capability.SEQUENTIAL, Capability.EXACT_UNDO}
-    )
     presets: ClassVar[Mapping[str, GraceConfig]] = {
         "default": GraceConfig(
             learning_rate=3.0,
@@ -263,14 +260,11 @@ class GraceEditor(StatefulEditor):
     config: GraceConfig
 
     def __init__(self, host: Host, config: GraceConfig, *, seed: int = 0):
-        super().__init__(host, config, seed=seed)
+        n_layers = find_architecture(host.model).n_layers
+        [moved] = scaled_layers((27,), of=32, n_layers=n_layers)
+        below_the_last = min(max(0, n_layers - 2), moved)
+        super().__init__(host, config, below_the_last if config.layer is None else config.layer, seed=seed)
         self.trains_eos = config.train_eos
-        architecture = find_architecture(host.model)
-        n_layers = architecture.n_layers
-        moved = min(max(0, n_layers - 2), int(27 * n_layers / 32 + 0.5))
-        self.sites = (Site(moved if config.layer is None else config.layer),)
-        self.module = down_projection(host.model, self.sites[0].layer)
-        self.encoder = Encoder.for_host(host, max_tokens=architecture.max_positions)
 
     def fit(
         self, request: EditRequest, state: State, on_step: OnStep | None
@@ -300,7 +294,7 @@ class GraceEditor(StatefulEditor):
         result = Descent([values], config).run(shown, on_step)
         made = {KEYS: book.keys, VALUES: values, RADII: book.radii}
         made[OWNERS] = torch.tensor(owners, device=values.device)
-        return made, outcome_of(request, result, n_rows, time.monotonic() - began)
+        return made, outcome_of(request, result, time.monotonic() - began)
 
     def put(self, edited: EditedModel, state: State, requests: Sequence[EditRequest]) -> None:
         """The codebook is looked up at the last prompt token."""
@@ -309,17 +303,16 @@ class GraceEditor(StatefulEditor):
 
     def layout(self, requests: Sequence[EditRequest], state: State) -> Layout:
         """As many rows of each table as there are keys."""
-        d_out, d_in = weight_shape(self.host.model.get_submodule(self.module))
+        d_out, d_in = self.shape
         n = len(state[KEYS]) if KEYS in state and state[KEYS].ndim else None
         return {KEYS: (n, d_in), VALUES: (n, d_out), RADII: (n,), OWNERS: (n,)}
 
     def _book(self, state: State) -> Codebook:
         """What a table says, where the module runs; an empty codebook of an empty table."""
-        device = site_device(self.host.model, self.sites[0])
         if state:
-            return Codebook(*(state[name].to(device) for name in (KEYS, VALUES, RADII)))
-        d_out, d_in = weight_shape(self.host.model.get_submodule(self.module))
-        nothing = torch.zeros(0, d_in + d_out, dtype=intervention_dtype(self.host.model), device=device)
+            return Codebook(*(state[name].to(self.device) for name in (KEYS, VALUES, RADII)))
+        d_out, d_in = self.shape
+        nothing = torch.zeros(0, d_in + d_out, dtype=intervention_dtype(self.host.model), device=self.device)
         return Codebook(nothing[:, :d_in], nothing[:, d_in:], nothing[:, 0])
 
     @torch.no_grad()

@@ -3,21 +3,20 @@
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from baft.hosts.architecture import Site, find_architecture, intervention_dtype
-from baft.hosts.edited_model import EditedModel
-from baft.hosts.encoding import Encoder
+from baft.errors import ConfigError
+from baft.hosts.architecture import Site, find_architecture, scaled_layers
 from baft.hosts.models import Host
 from baft.hosts.moments import corpus, regularized, second_moments
-from baft.hosts.patches import DeltaPatch, Patch, down_projection, weight_shape
-from baft.methods.base import Capability, EditOutcome, OnStep
+from baft.hosts.patches import down_projection, weight_shape
+from baft.methods.base import EditOutcome, OnStep
 from baft.methods.key_value import KeyValueConfig, KeyValues
-from baft.methods.stateful import AdditiveEditor, Layout, State, number_of
+from baft.methods.stateful import Layout, LowRankEditor, State
 from baft.methods.training import TrainingResult
 from baft.types import EditRequest
 
@@ -40,7 +39,7 @@ class Steps:
             self._on_step(sum(one.n_steps for one in self.results) + step, self._most, loss)
 
 
-class InsertingEditor(AdditiveEditor):
+class InsertingEditor(LowRankEditor):
     """Adds a matrix of low rank to the down-projections of some layers, one at each request.
 
     Args:
@@ -54,9 +53,6 @@ class InsertingEditor(AdditiveEditor):
         UnsupportedHostError: If a layer has no down-projection of its own.
     """
 
-    capabilities: ClassVar[frozenset[Capability]] = frozenset(
-        {Capability.BATCH, Capability.SEQUENTIAL, Capability.EXACT_UNDO}
-    )
     config: KeyValueConfig
 
     def __init__(self, host: Host, config: KeyValueConfig, layers: Sequence[int], *, seed: int = 0):
@@ -64,9 +60,12 @@ class InsertingEditor(AdditiveEditor):
         self.trains_eos = config.train_eos
         self.sites = tuple(Site(layer) for layer in sorted(layers))
         self.modules = {site.layer: down_projection(host.model, site.layer) for site in self.sites}
-        architecture = find_architecture(host.model)
-        self.encoder = Encoder.for_host(host, max_tokens=architecture.max_positions)
         self._moments: Mapping[str, Tensor] | None = None
+
+    @property
+    def named(self) -> Mapping[str, str]:
+        """The down-projections, by `layer{number}`."""
+        return {f"layer{layer}": module for layer, module in self.modules.items()}
 
     def moments(self, layer: int) -> Float[Tensor, "d_in d_in"]:
         """Second moments of a layer's keys on ordinary text, in float64 on the CPU, as they were taken."""
@@ -82,50 +81,15 @@ class InsertingEditor(AdditiveEditor):
         """The same, made invertible."""
         return regularized(self.moments(layer), self.config.moments_ridge)
 
-    def put(self, edited: EditedModel, state: State, requests: Sequence[EditRequest]) -> None:
-        """The matrices of all requests are added to what the down-projections put out."""
-        edited.patches = self.patches(state)
-
-    def patches(self, state: State) -> dict[str, Patch]:
-        """What puts a table into force."""
-        found: dict[str, Patch] = {}
-        for layer, module in self.modules.items():
-            ups = sorted((number_of(name), name) for name in state if name.endswith(f".layer{layer}.up"))
-            pairs = [(state[name], state[name.removesuffix("up") + "down"]) for _, name in ups]
-            if pairs:
-                found[module] = DeltaPatch(pairs)
-        return found
-
     def layout(self, requests: Sequence[EditRequest], state: State) -> Layout:
         """A pair of matrices of every request and layer, whose rank is its number of edits."""
         found: dict[str, tuple[int | None, ...]] = {}
-        for layer, module in self.modules.items():
+        for short, module in self.named.items():
             d_out, d_in = weight_shape(self.host.model.get_submodule(module))
             for n, request in enumerate(requests):
-                found[f"{n}.layer{layer}.up"] = (d_out, len(request.edits))
-                found[f"{n}.layer{layer}.down"] = (len(request.edits), d_in)
+                found[f"{n}.{short}.up"] = (d_out, len(request.edits))
+                found[f"{n}.{short}.down"] = (len(request.edits), d_in)
         return found
-
-    def pair(
-        self,
-        layer: int,
-        state: State,
-        up: Float[Tensor, "d_out edit"],
-        down: Float[Tensor, "edit d_in"],
-    ) -> dict[str, Tensor]:
-        """A matrix as the tensors of the request that comes after those in a table."""
-        n = self.n_requests(state)
-        made = {"up": up, "down": down}
-        return {f"{n}.layer{layer}.{name}": self.kept(one) for name, one in made.items()}
-
-    def kept(self, tensor: Tensor) -> Tensor:
-        """A tensor as tables hold it."""
-        return tensor.to(self._edited_device(), intervention_dtype(self.host.model)).contiguous()
-
-    @staticmethod
-    def n_requests(state: State) -> int:
-        """How many requests a table holds."""
-        return 1 + max((number_of(name) for name in state), default=-1)
 
     def outcome(
         self,
@@ -136,17 +100,38 @@ class InsertingEditor(AdditiveEditor):
     ) -> EditOutcome:
         """How a request went: the descents as they were, the margins as they are with the table in force."""
         asked = KeyValues(self.host, self.encoder, self.config, request.edits, seed=self.seed)
-        margins = asked.margins(self.patches(state))
         losses = [loss for result in results for loss in result.losses[:-1]]
-        return EditOutcome(
-            edit_ids=tuple(edit.id for edit in request.edits),
-            decoded=tuple(margin > 0 for margin in margins),
-            margins=margins,
+        return EditOutcome.of(
+            request.edits,
+            asked.margins(self.patches(state)),
             losses=(*losses, results[-1].losses[-1]),
             n_steps=sum(result.n_steps for result in results),
             stopped=max(results, key=lambda result: result.n_steps).stopped,
             seconds_s=time.monotonic() - began,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpreadConfig(KeyValueConfig):
+    """Settings of the methods that change several layers.
+
+    Args:
+        layers: The decoder blocks whose down-projections are changed, counted from 0; None for
+            `layers_of_32`.
+        layers_of_32: Layers of a host of 32, moved to the depth of the one at hand; the published ones.
+
+    Raises:
+        ConfigError: If a value is out of range.
+    """
+
+    layers: tuple[int, ...] | None = None
+    layers_of_32: tuple[int, ...] = (4, 5, 6, 7, 8)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for layers in (self.layers, self.layers_of_32):
+            if layers is not None and (not layers or len(set(layers)) < len(layers)):
+                raise ConfigError(f"layers must name at least one layer, each once, got {list(layers)}")
 
 
 class SpreadEditor(InsertingEditor):
@@ -156,6 +141,11 @@ class SpreadEditor(InsertingEditor):
     each takes an equal share of what is left: keys and the block's output are read again with the changes of
     the layers before in force (Meng et al. 2023, section 4.2 and algorithm 1).
     """
+
+    def __init__(self, host: Host, config: SpreadConfig, *, seed: int = 0):
+        n_layers = find_architecture(host.model).n_layers
+        layers = config.layers or scaled_layers(config.layers_of_32, of=32, n_layers=n_layers)
+        super().__init__(host, config, layers, seed=seed)
 
     @abstractmethod
     def solve(self, layer: int, keys: Float[Tensor, "edit d_in"], state: State) -> Float[Tensor, "edit d_in"]:
@@ -167,7 +157,7 @@ class SpreadEditor(InsertingEditor):
             state: The table of earlier requests.
         """
 
-    def more(self, layer: int, state: State, keys: Float[Tensor, "edit d_in"]) -> Mapping[str, Tensor]:
+    def more(self, layer: int, keys: Float[Tensor, "edit d_in"]) -> Mapping[str, Tensor]:
         """What else the method keeps of a request at a layer; nothing."""
         return {}
 
@@ -195,8 +185,8 @@ class SpreadEditor(InsertingEditor):
             keys, _ = edits.keys(now, self.modules[site.layer])
             residuals = (wanted - edits.outputs(now, block)) / (len(self.sites) - i)
             down = self.solve(site.layer, keys, state)
-            made |= self.pair(site.layer, state, residuals.T, down)
-            made |= self.more(site.layer, state, keys)
+            made |= self.pair(f"layer{site.layer}", residuals.T, down)
+            made |= self.more(site.layer, keys)
         return made, self.outcome(request, made, steps.results, began)
 
     def _name_of(self, site: Site) -> str:

@@ -30,18 +30,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from baft.errors import ConfigError
-from baft.hosts.architecture import Site, find_architecture, intervention_dtype, site_device
+from baft.hosts.architecture import Site, find_architecture, intervention_dtype, scaled_layers, site_device
 from baft.hosts.edited_model import EditedModel
-from baft.hosts.encoding import EncodedEdit, Encoder
+from baft.hosts.encoding import EncodedEdit
 from baft.hosts.models import Host
 from baft.hosts.passes import FullPass
 from baft.hosts.patches import Patch, Seen, up_projection, weight_shape
 from baft.methods.adapters import seeded
-from baft.methods.base import Capability, EditOutcome, OnStep
-from baft.methods.descent import Descent, outcome_of
+from baft.methods.base import EditOutcome, OnStep
+from baft.methods.descent import Descent
 from baft.methods.optimizer import DescentConfig
 from baft.methods.stateful import Layout, State, StatefulEditor
 from baft.methods.texts import renderings
+from baft.methods.training import outcome_of
 from baft.methods.vector_database import NO_BLOCK, VectorDatabase
 from baft.types import EditRequest
 
@@ -132,20 +133,17 @@ class MeloEditor(StatefulEditor):
 
     name: ClassVar[str] = "melo"
     summary: ClassVar[str] = "low-rank blocks that prompts near an edit's switch on (Yu et al. 2024)"
-    capabilities: ClassVar[frozenset[Capability]] = frozenset(
-        {Capability.BATCH, Capability.SEQUENTIAL, Capability.EXACT_UNDO}
-    )
     presets: ClassVar[Mapping[str, MeloConfig]] = {"default": DEFAULT, "paper": PAPER}
     config: MeloConfig
 
     def __init__(self, host: Host, config: MeloConfig, *, seed: int = 0):
         super().__init__(host, config, seed=seed)
         self.trains_eos = config.train_eos
-        architecture = find_architecture(host.model)
-        n_layers = architecture.n_layers
+        n_layers = find_architecture(host.model).n_layers
         key_layer = config.key_layer
         if key_layer is None:
-            key_layer = max(0, min(n_layers - 2, int(config.depth * n_layers + 0.5)))
+            [at_depth] = scaled_layers((config.depth,), of=1, n_layers=n_layers)
+            key_layer = max(0, min(n_layers - 2, at_depth))
         if key_layer + 1 >= n_layers:
             raise ConfigError(
                 f"key_layer={key_layer} has no layer above it that could be trained: this host has "
@@ -155,7 +153,6 @@ class MeloEditor(StatefulEditor):
         trained = range(key_layer + 1, min(n_layers, key_layer + 1 + config.n_layers))
         self.sites = tuple(Site(layer) for layer in trained)
         self.modules = {up_projection(host.model, site.layer): site for site in self.sites}
-        self.encoder = Encoder.for_host(host, max_tokens=architecture.max_positions)
 
     def fit(
         self, request: EditRequest, state: State, on_step: OnStep | None
@@ -175,8 +172,7 @@ class MeloEditor(StatefulEditor):
         made = {**state, **{f"{_DATABASE}{name}": one for name, one in database.tensors().items()}}
         for name, (up, down) in block.items():
             made |= {f"{len(self.requests)}.{name}.A": down, f"{len(self.requests)}.{name}.B": up}
-        seconds_s = time.monotonic() - began
-        return made, outcome_of(request, result, len(texts) // len(request.edits), seconds_s)
+        return made, outcome_of(request, result, time.monotonic() - began)
 
     def put(self, edited: EditedModel, state: State, requests: Sequence[EditRequest]) -> None:
         """Keys are looked up below, and blocks act above."""

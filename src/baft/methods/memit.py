@@ -22,43 +22,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 from baft.errors import ConfigError
-from baft.hosts.architecture import find_architecture, scaled_layers
-from baft.hosts.models import Host
-from baft.methods.inserting import SpreadEditor
-from baft.methods.key_value import KeyValueConfig
+from baft.methods.inserting import SpreadConfig, SpreadEditor
 from baft.methods.stateful import State
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemitConfig(KeyValueConfig):
+class MemitConfig(SpreadConfig):
     """Settings of `memit`.
 
     Args:
-        layers: The decoder blocks whose down-projections are changed, counted from 0; None for
-            `layers_of_32`.
-        layers_of_32: Layers of a host of 32, moved to the depth of the one at hand; the published ones.
         moments_weight: How many ordinary keys an edit's key is weighed against.
 
     Raises:
         ConfigError: If a value is out of range.
     """
 
-    layers: tuple[int, ...] | None = None
-    layers_of_32: tuple[int, ...] = (4, 5, 6, 7, 8)
     moments_weight: float = 15_000.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.moments_weight > 0:
             raise ConfigError(f"moments_weight must be positive, got {self.moments_weight}")
-        refuse_no_layers(self.layers)
-        refuse_no_layers(self.layers_of_32)
-
-
-def refuse_no_layers(layers: tuple[int, ...] | None) -> None:
-    """Raises ConfigError if layers are named, but none, or one twice."""
-    if layers is not None and (not layers or len(set(layers)) < len(layers)):
-        raise ConfigError(f"layers must name at least one layer, each once, got {list(layers)}")
 
 
 PAPER = MemitConfig(
@@ -85,11 +69,6 @@ class MemitEditor(SpreadEditor):
         "paper": PAPER,
     }
     config: MemitConfig
-
-    def __init__(self, host: Host, config: MemitConfig, *, seed: int = 0):
-        n_layers = find_architecture(host.model).n_layers
-        layers = config.layers or scaled_layers(config.layers_of_32, of=32, n_layers=n_layers)
-        super().__init__(host, config, layers, seed=seed)
 
     def solve(self, layer: int, keys: Float[Tensor, "edit d_in"], state: State) -> Float[Tensor, "edit d_in"]:
         """`K^T (weight C + K K^T)^-1`."""

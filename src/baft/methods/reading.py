@@ -5,7 +5,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,7 @@ from baft.hosts.models import Host
 from baft.hosts.passes import Targets
 from baft.hosts.prompting import Insertion, Row
 from baft.hosts.turns import Turns
-from baft.methods.base import Capability, EditOutcome, OnStep
+from baft.methods.base import EditOutcome, OnStep
 from baft.methods.bm25 import Bm25, shares, words
 from baft.methods.stateful import AdditiveEditor, State
 from baft.methods.texts import renderings
@@ -87,14 +87,9 @@ class ReadingEditor(AdditiveEditor):
         seed: Without effect: nothing here is random.
     """
 
-    capabilities: ClassVar[frozenset[Capability]] = frozenset(
-        {Capability.BATCH, Capability.SEQUENTIAL, Capability.EXACT_UNDO}
-    )
-
     def __init__(self, host: Host, config: Any, *, seed: int = 0):
         super().__init__(host, config, seed=seed)
         limit = find_architecture(host.model).max_positions
-        self.encoder = Encoder.for_host(host, max_tokens=limit)
         self.turns = Turns(self.encoder)
         # A reply has a quarter of the context, unless the prompt itself takes more.
         self._limit = None if limit is None else limit - limit // 4
@@ -118,13 +113,9 @@ class ReadingEditor(AdditiveEditor):
         made = {**state, **stored}
         edited = EditedModel(self.host.model)
         self.put(edited, made, (*self.requests, request))
-        of_texts = self.margins(edited, texts)
-        n_rows = len(texts) // len(request.edits)
-        margins = tuple(min(of_texts[i : i + n_rows]) for i in range(0, len(texts), n_rows))
-        return made, EditOutcome(
-            edit_ids=tuple(edit.id for edit in request.edits),
-            decoded=tuple(margin > 0 for margin in margins),
-            margins=margins,
+        return made, EditOutcome.of(
+            request.edits,
+            self.margins(edited, texts),
             losses=(),
             n_steps=0,
             stopped="closed_form",

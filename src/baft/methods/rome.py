@@ -104,7 +104,7 @@ class RomeEditor(InsertingEditor):
             moments = self.regularized_moments(site.layer)
             pairs.append(insertion(moments, averaged[0], alone[0], vectors[0].to("cpu", torch.float64)))
             up, down = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-            made |= self.pair(site.layer, state, up.T, down)
+            made |= self.pair(f"layer{site.layer}", up.T, down)
             steps.results.append(result)
         return made, self.outcome(request, made, steps.results, began)
 

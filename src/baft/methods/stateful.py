@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from baft.errors import DamagedArtifactError, UndoError
-from baft.hosts.architecture import input_device
+from baft.hosts.architecture import Site, find_architecture, input_device, intervention_dtype, site_device
 from baft.hosts.edited_model import EditedModel
+from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
+from baft.hosts.patches import DeltaPatch, Patch, down_projection, weight_shape
 from baft.hosts.positions import PositionSpec
-from baft.methods.base import Editor, EditOutcome, OnStep
+from baft.methods.base import Capability, Editor, EditOutcome, OnStep
 from baft.types import EditRequest
 
 State = Mapping[str, Tensor]
@@ -36,14 +38,17 @@ class StatefulEditor(Editor):
         seed: Of everything random in it.
     """
 
-    n_remembered: ClassVar[int] = (
-        4  # tables before the present one that undo can go back to, saved ones included
+    capabilities: ClassVar[frozenset[Capability]] = frozenset(
+        {Capability.BATCH, Capability.SEQUENTIAL, Capability.EXACT_UNDO}
     )
+    # Tables before the present one that undo can go back to, saved ones included.
+    n_remembered: ClassVar[int] = 4
     positions: ClassVar[PositionSpec] = PositionSpec()
 
     def __init__(self, host: Host, config: Any, *, seed: int = 0):
         super().__init__(host, config, seed=seed)
         self._edited = EditedModel(host.model, {}, self.positions)
+        self.encoder = Encoder.for_host(host, max_tokens=find_architecture(host.model).max_positions)
         self._state: State = {}
         self._before: tuple[State, ...] = ()
 
@@ -70,6 +75,11 @@ class StatefulEditor(Editor):
     def state(self) -> State:
         """The table in force."""
         return self._state
+
+    @property
+    def device(self) -> torch.device:
+        """Where tables live."""
+        return input_device(self.host.model)
 
     def apply(self, request: EditRequest, *, on_step: OnStep | None = None) -> EditOutcome:
         """Makes the edits of a request; nothing changes unless all of it succeeds."""
@@ -161,20 +171,15 @@ class StatefulEditor(Editor):
             if len(got) != len(shape) or any(
                 want not in (None, n) for n, want in zip(got, shape, strict=True)
             ):
-                expected = ["any" if n is None else n for n in shape]
+                expected = ", ".join("any" if n is None else str(n) for n in shape)
                 raise DamagedArtifactError(
-                    f"tensor {prefix + name!r} has shape {list(got)}, expected {expected}".replace(
-                        "'any'", "any"
-                    )
+                    f"tensor {prefix + name!r} has shape {list(got)}, expected [{expected}]"
                 )
         strangers = sorted(given.keys() - layout.keys())
         if strangers:
             raise DamagedArtifactError(f"tensor {prefix + strangers[0]!r} belongs to no edit of this set")
         # Copies of its own, where allocations stand: what products give depends on where their numbers stand.
-        return {name: tensor.clone().to(self._edited_device()) for name, tensor in given.items()}
-
-    def _edited_device(self) -> torch.device:
-        return input_device(self.host.model)
+        return {name: tensor.clone().to(self.device) for name, tensor in given.items()}
 
     def _put(self) -> None:
         self.put(self._edited, self._state, self.requests)
@@ -191,6 +196,36 @@ class StatefulEditor(Editor):
             raise
 
 
+class DownProjectionEditor(StatefulEditor):
+    """A method that edits what one block's down-projection puts out.
+
+    Args:
+        host: The host; never changed.
+        config: The method's settings.
+        layer: The block.
+        seed: Of everything random in it.
+
+    Raises:
+        ConfigError: If the host has no such layer.
+        UnsupportedHostError: If the layer has no down-projection of its own.
+    """
+
+    def __init__(self, host: Host, config: Any, layer: int, *, seed: int = 0):
+        super().__init__(host, config, seed=seed)
+        self.sites = (Site(layer),)
+        self.module = down_projection(host.model, layer)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(d_out, d_in)` of the down-projection."""
+        return weight_shape(self.host.model.get_submodule(self.module))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block computes."""
+        return site_device(self.host.model, self.sites[0])
+
+
 class AdditiveEditor(StatefulEditor):
     """A method whose requests add tensors and change none; names begin with the request's number and a dot.
 
@@ -205,6 +240,42 @@ class AdditiveEditor(StatefulEditor):
     def remembered(self, before: tuple[State, ...]) -> tuple[State, ...]:
         """None: the present table tells."""
         return ()
+
+
+class LowRankEditor(AdditiveEditor):
+    """A method whose requests each add a matrix of low rank to the weights of some modules.
+
+    The factors of module `name` stand in the table as `{request}.{name}.up`, `[d_out, rank]`, and
+    `{request}.{name}.down`, `[rank, d_in]`.
+    """
+
+    @property
+    @abstractmethod
+    def named(self) -> Mapping[str, str]:
+        """The names under which modules stand in tables, and their names in the host."""
+
+    def put(self, edited: EditedModel, state: State, requests: Sequence[EditRequest]) -> None:
+        """The matrices of all requests are added to what the modules put out."""
+        edited.patches = self.patches(state)
+
+    def patches(self, state: State) -> dict[str, Patch]:
+        """What puts a table into force."""
+        found: dict[str, Patch] = {}
+        for short, module in self.named.items():
+            ups = sorted((number_of(name), name) for name in state if name.endswith(f".{short}.up"))
+            pairs = [(state[name], state[name.removesuffix("up") + "down"]) for _, name in ups]
+            if pairs:
+                found[module] = DeltaPatch(pairs)
+        return found
+
+    def pair(self, short: str, up: Tensor, down: Tensor) -> dict[str, Tensor]:
+        """A matrix as the tensors of the request that comes after those in force."""
+        start = f"{len(self.requests)}.{short}"
+        return {f"{start}.up": self.kept(up), f"{start}.down": self.kept(down)}
+
+    def kept(self, tensor: Tensor) -> Tensor:
+        """A tensor as tables hold it."""
+        return tensor.to(self.device, intervention_dtype(self.host.model)).contiguous()
 
 
 def number_of(name: str) -> int:

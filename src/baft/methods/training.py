@@ -17,10 +17,11 @@ from baft.errors import EditError
 from baft.hosts.architecture import Site
 from baft.hosts.calls import Parts
 from baft.hosts.passes import Predictions, TargetPass
-from baft.methods.base import OnStep
+from baft.methods.base import EditOutcome, OnStep
 from baft.methods.optimizer import DescentConfig, Layers, Optimizer, TrainingConfig
 from baft.nn.interventions import SubspaceIntervention, concatenate
 from baft.nn.losses import row_cross_entropy, target_cross_entropy, target_margins
+from baft.types import EditRequest
 
 Stopped = Literal["margin", "loss", "max_steps"]
 
@@ -225,6 +226,21 @@ def train_in_batches(
             if stopped is not None:
                 return TrainingResult(tuple(margins.tolist()), tuple(losses), n_steps, stopped)
     raise AssertionError("the last round always stops")
+
+
+def outcome_of(
+    request: EditRequest, result: TrainingResult, seconds_s: float, why_full: str | None = None
+) -> EditOutcome:
+    """How a request went whose texts were trained together, those of one edit side by side."""
+    return EditOutcome.of(
+        request.edits,
+        result.margins,
+        losses=result.losses,
+        n_steps=result.n_steps,
+        stopped=result.stopped,
+        seconds_s=seconds_s,
+        why_full=why_full,
+    )
 
 
 @torch.no_grad()

@@ -27,16 +27,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from baft.errors import ConfigError, EditError, InputError
-from baft.hosts.architecture import Site, find_architecture, intervention_dtype, scaled_layers
+from baft.hosts.architecture import Site, find_architecture, scaled_layers
 from baft.hosts.background import background_text
-from baft.hosts.edited_model import EditedModel
-from baft.hosts.encoding import EncodedEdit, Encoder
+from baft.hosts.encoding import EncodedEdit
 from baft.hosts.models import Host
 from baft.hosts.passes import FullPass, Targets
-from baft.hosts.patches import DeltaPatch, Patch, Seen, by_row, up_projections, weight_shape
-from baft.methods.base import Capability, EditOutcome, OnStep
+from baft.hosts.patches import Patch, Seen, by_row, up_projections, weight_shape
+from baft.methods.base import EditOutcome, OnStep
 from baft.methods.key_value import with_patch
-from baft.methods.stateful import AdditiveEditor, Layout, State, number_of
+from baft.methods.stateful import Layout, LowRankEditor, State
 from baft.methods.texts import renderings
 from baft.methods.training import row_margins
 from baft.nn.losses import row_cross_entropy
@@ -166,7 +165,7 @@ class _Probe:
 Features = Mapping[str, tuple[Tensor, Tensor]]  # of each module: inputs and gradients, a row a token
 
 
-class UltraEditEditor(AdditiveEditor):
+class UltraEditEditor(LowRankEditor):
     """Ridge regressions of normalized gradients on a feed-forward part's inputs.
 
     Args:
@@ -181,9 +180,6 @@ class UltraEditEditor(AdditiveEditor):
 
     name: ClassVar[str] = "ultraedit"
     summary: ClassVar[str] = "one step from normalized gradients, by ridge regression (Gu et al. 2025)"
-    capabilities: ClassVar[frozenset[Capability]] = frozenset(
-        {Capability.BATCH, Capability.SEQUENTIAL, Capability.EXACT_UNDO}
-    )
     presets: ClassVar[Mapping[str, UltraEditConfig]] = {
         "default": UltraEditConfig(
             gates_of_32=(), ups_of_32=(26, 27, 28, 29, 30, 31), learning_rate=4e-4, warm_up=64
@@ -195,8 +191,7 @@ class UltraEditEditor(AdditiveEditor):
     def __init__(self, host: Host, config: UltraEditConfig, *, seed: int = 0):
         super().__init__(host, config, seed=seed)
         self.trains_eos = config.train_eos
-        architecture = find_architecture(host.model)
-        n = architecture.n_layers
+        n = find_architecture(host.model).n_layers
         gates, ups = config.gate_layers, config.up_layers
         gates = scaled_layers(config.gates_of_32, of=32, n_layers=n) if gates is None else gates
         ups = scaled_layers(config.ups_of_32, of=32, n_layers=n) if ups is None else ups
@@ -204,7 +199,6 @@ class UltraEditEditor(AdditiveEditor):
         named |= {f"layer{layer}.up": up_projections(host.model, layer)[-1] for layer in ups}
         self.modules = {module: short for short, module in named.items()}  # one that is both stands once
         self.sites = tuple(Site(layer) for layer in sorted({*gates, *ups}))
-        self.encoder = Encoder.for_host(host, max_tokens=architecture.max_positions)
         self._start: Mapping[str, Running] | None = None
 
     def fit(
@@ -218,48 +212,32 @@ class UltraEditEditor(AdditiveEditor):
         if not math.isfinite(before):
             raise EditError(f"the loss on the targets is {before}, where a finite number was expected")
         running = self._merged(self._statistics(state), features)
-        n = 1 + max((number_of(name) for name in state), default=-1)
         made = dict(state)
         for module, (h, g) in features.items():
             normalized = running[self._shape_of(module)].normalized(torch.cat([h, g], -1))
             up, down = shift(h, normalized, config.learning_rate, config.ridge)
             if len(down) > down.shape[1]:  # the matrix itself is smaller
                 up, down = up @ down, torch.eye(down.shape[1], dtype=down.dtype)
-            pair = {"up": up, "down": down}
-            dtype, device = intervention_dtype(self.host.model), self._edited_device()
-            for name, one in pair.items():
-                made[f"{n}.{self.modules[module]}.{name}"] = one.to(device, dtype).contiguous()
+            made |= self.pair(self.modules[module], up, down)
         for shape, seen in running.items():
             for name in ("count", "mean", "squares"):
-                made[f"{n}.{shape}.{name}"] = getattr(seen, name).to(self._edited_device())
+                made[f"{len(self.requests)}.{shape}.{name}"] = getattr(seen, name).to(self.device)
         if on_step is not None:
             on_step(1, 1, before)
         margins, after = self._asked(self.patches(made), texts)
-        n_rows = len(texts) // len(request.edits)
-        of_edits = tuple(min(margins[i : i + n_rows]) for i in range(0, len(margins), n_rows))
-        return made, EditOutcome(
-            edit_ids=tuple(edit.id for edit in request.edits),
-            decoded=tuple(margin > 0 for margin in of_edits),
-            margins=of_edits,
+        return made, EditOutcome.of(
+            request.edits,
+            margins,
             losses=(before, after),
             n_steps=1,
             stopped="closed_form",
             seconds_s=time.monotonic() - began,
         )
 
-    def put(self, edited: EditedModel, state: State, requests: Sequence[EditRequest]) -> None:
-        """The matrices of all requests are added to what the modules put out."""
-        edited.patches = self.patches(state)
-
-    def patches(self, state: State) -> dict[str, Patch]:
-        """What puts a table into force."""
-        found: dict[str, Patch] = {}
-        for module, short in self.modules.items():
-            ups = sorted((number_of(name), name) for name in state if name.endswith(f".{short}.up"))
-            pairs = [(state[name], state[name.removesuffix("up") + "down"]) for _, name in ups]
-            if pairs:
-                found[module] = DeltaPatch(pairs)
-        return found
+    @property
+    def named(self) -> Mapping[str, str]:
+        """The modules, by `layer{number}.gate` and `layer{number}.up`."""
+        return {short: module for module, short in self.modules.items()}
 
     def layout(self, requests: Sequence[EditRequest], state: State) -> Layout:
         """A pair of matrices of every request and module, and the statistics after it."""
@@ -284,7 +262,7 @@ class UltraEditEditor(AdditiveEditor):
             if self._start is None:
                 self._start = self._warmed_up()
             return self._start
-        n = max(number_of(name) for name in state)
+        n = len(self.requests) - 1
         names = ("count", "mean", "squares")
         return {
             shape: Running(*(state[f"{n}.{shape}.{name}"].to("cpu", torch.float64) for name in names))

@@ -45,19 +45,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from baft.errors import ConfigError, UnsupportedHostError
-from baft.hosts.architecture import Site, find_architecture, input_device, intervention_dtype, site_device
+from baft.hosts.architecture import find_architecture, input_device, intervention_dtype, scaled_layers
 from baft.hosts.background import background_text, fitting
 from baft.hosts.edited_model import EditedModel
-from baft.hosts.encoding import EncodedEdit, Encoder
+from baft.hosts.encoding import EncodedEdit
 from baft.hosts.models import Host
 from baft.hosts.passes import FullPass, Predictions
-from baft.hosts.patches import DeltaPatch, down_projection, weight_shape
+from baft.hosts.patches import DeltaPatch
 from baft.hosts.speaking import Speaker
-from baft.methods.base import Capability, EditOutcome, OnStep
-from baft.methods.descent import Descent, outcome_of
+from baft.methods.base import EditOutcome, OnStep
+from baft.methods.descent import Descent
 from baft.methods.optimizer import DescentConfig
-from baft.methods.stateful import Layout, State, StatefulEditor
+from baft.methods.stateful import DownProjectionEditor, Layout, State
 from baft.methods.texts import renderings
+from baft.methods.training import outcome_of
 from baft.methods.wise_parts import (
     Memory,
     PromptReader,
@@ -72,15 +73,11 @@ from baft.nn.ties import ties
 from baft.types import EditRequest
 
 THRESHOLDS = "thresholds"
-N_BACKGROUND = (
-    64  # of the project's background prompts that irrelevant texts are drawn from, raw and chat each
-)
+N_BACKGROUND = 64  # background prompts that irrelevant texts are drawn from, raw and chat each
 _OPENERS = ("I", "You", "Because", "Yes", "Q:")  # EasyEdit's, and the lengths of what the host adds to them
 _OPENING_TOKENS = (5, 10)
 _ROWS = 16  # prompts the host reads at once
-_CONTENT = (
-    0.02  # what may be left of the margins' loss when training stops; EasyEdit's bound of the whole loss
-)
+_CONTENT = 0.02  # what may be left of the margins' loss at the end; EasyEdit's bound of the whole loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +144,7 @@ class WiseConfig(DescentConfig):
 PAPER = WiseConfig(learning_rate=1.0, schedule="constant", max_steps=70, stop_loss=0.02, stop_margin=None)
 
 
-class WiseEditor(StatefulEditor):
+class WiseEditor(DownProjectionEditor):
     """Side memories beside one down-projection.
 
     Args:
@@ -162,9 +159,6 @@ class WiseEditor(StatefulEditor):
 
     name: ClassVar[str] = "wise"
     summary: ClassVar[str] = "side memories beside one matrix, and a router (Wang et al. 2024)"
-    capabilities: ClassVar[frozenset[Capability]] = frozenset(
-        {Capability.BATCH, Capability.SEQUENTIAL, Capability.EXACT_UNDO}
-    )
     presets: ClassVar[Mapping[str, WiseConfig]] = {
         "default": replace(
             PAPER,
@@ -183,14 +177,9 @@ class WiseEditor(StatefulEditor):
     config: WiseConfig
 
     def __init__(self, host: Host, config: WiseConfig, *, seed: int = 0):
-        super().__init__(host, config, seed=seed)
+        [moved] = scaled_layers((27,), of=32, n_layers=find_architecture(host.model).n_layers)
+        super().__init__(host, config, moved if config.layer is None else config.layer, seed=seed)
         self.trains_eos = config.train_eos
-        architecture = find_architecture(host.model)
-        n_layers = architecture.n_layers
-        moved = min(n_layers - 1, int(27 * n_layers / 32 + 0.5))
-        self.sites = (Site(moved if config.layer is None else config.layer),)
-        self.module = down_projection(host.model, self.sites[0].layer)
-        self.encoder = Encoder.for_host(host, max_tokens=architecture.max_positions)
 
     def fit(
         self, request: EditRequest, state: State, on_step: OnStep | None
@@ -204,8 +193,8 @@ class WiseEditor(StatefulEditor):
         of_texts, irrelevant = self._read(shown), self._irrelevant(request)
         number = len(self._sizes((*self.requests, request))) - 1
         name = _shard(number)
-        mask = mask_of(self._shape, config.mask_ratio, self.seed, number).to(of_texts.states.device)
-        delta = of_texts.states.new_zeros(self._shape)
+        mask = mask_of(self.shape, config.mask_ratio, self.seed, number).to(of_texts.states.device)
+        delta = of_texts.states.new_zeros(self.shape)
         if name in state:
             delta.copy_(state[name])
         delta.requires_grad_().register_hook(lambda gradient: gradient * mask)
@@ -233,7 +222,7 @@ class WiseEditor(StatefulEditor):
         thresholds = state[THRESHOLDS].tolist() if state else []
         thresholds[number:] = [min([*thresholds[number:], least.item()])]
         made = {**state, name: delta, THRESHOLDS: least.new_tensor(thresholds)}
-        return made, outcome_of(request, result, n_rows, time.monotonic() - began)
+        return made, outcome_of(request, result, time.monotonic() - began)
 
     def put(self, edited: EditedModel, state: State, requests: Sequence[EditRequest]) -> None:
         """The memories, and the router."""
@@ -242,11 +231,11 @@ class WiseEditor(StatefulEditor):
     def layout(self, requests: Sequence[EditRequest], state: State) -> Layout:
         """A matrix of the weight's shape for every shard, and the shards' thresholds."""
         n = len(self._sizes(requests))
-        return {THRESHOLDS: (n,), **{_shard(number): self._shape for number in range(n)}}
+        return {THRESHOLDS: (n,), **{_shard(number): self.shape for number in range(n)}}
 
     def memories(self, state: State, requests: Sequence[EditRequest]) -> list[Memory]:
         """What shards make up: merged ones, and the one that is being filled."""
-        config, device = self.config, site_device(self.host.model, self.sites[0])
+        config, device = self.config, self.device
         sizes = self._sizes(requests)
         full = [number for number, size in enumerate(sizes) if size >= config.save_freq]
         n_merged = len(full) if config.memory == "merge" else len(full) - len(full) % config.shards
@@ -260,10 +249,6 @@ class WiseEditor(StatefulEditor):
             least = min(state[THRESHOLDS][number].item() for number in group)
             found.append(Memory(delta, config.act_ratio * least))
         return found
-
-    @property
-    def _shape(self) -> tuple[int, int]:
-        return weight_shape(self.host.model.get_submodule(self.module))
 
     def _sizes(self, requests: Sequence[EditRequest]) -> list[int]:
         return shard_sizes([len(one.edits) for one in requests], self.config.save_freq)
