@@ -55,8 +55,7 @@ class Call:
     patches: Mapping[str, Patch] = field(default_factory=dict)
     shown: Shown | None = None
     prompt: Bool[Tensor, "batch pos"] | None = None
-    memos: dict[str, dict[str, Any]] = field(default_factory=dict)
-    shared: dict[str, Any] = field(default_factory=dict)
+    memo: dict[str, Any] = field(default_factory=dict)
 
 
 @final
@@ -187,7 +186,7 @@ def patch_output(call: Call, name: str) -> Any:
             return None
         assert call.shown is not None, "the stack ran its blocks without being called itself"
         assert call.prompt is not None, "noted together with what is shown"
-        seen = Seen(call.shown.mask, call.prompt, call.memos.setdefault(name, {}), call.shared)
+        seen = Seen(call.shown.mask, call.prompt, call.memo)
         with plain_linears():  # what a patch multiplies by may be in training
             return patch(module, args[0], output, seen)
 

@@ -5,8 +5,9 @@ block; a `Patch` takes the input and the output of one module and gives another 
 weights are never touched, so that taking a patch away is exact, and the host stays free for others.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from baft.errors import UnsupportedHostError
 from baft.hosts.architecture import Site, find_architecture, text_config
 
+Part = Tensor | tuple[Tensor, Tensor]  # a matrix, whole or as two factors
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -26,14 +29,12 @@ class Seen:
     Args:
         edited: Those that the positions of the edited model name, `[batch, pos]`.
         prompt: Those of the prompts, without padding; all real ones where the prompts' ends are unknown.
-        memo: Where a patch may keep what it needs until the end of the call, or of the generation.
-        shared: The same for all patches of the call together: where one leaves what another needs.
+        memo: Where patches keep what they or others need until the end of the call, or of the generation.
     """
 
     edited: Bool[Tensor, "batch pos"]
     prompt: Bool[Tensor, "batch pos"]
     memo: dict[str, Any]
-    shared: dict[str, Any] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -61,12 +62,11 @@ class DeltaPatch:
     Args:
         parts: The matrix, as a sum: whole ones `[d_out, d_in]`, or pairs `(up, down)` of `[d_out, rank]` and
             `[rank, d_in]`. While parts are trained they are used as they are; else they are put together
-            once, where that is cheaper than one after the other.
+            once: into one pair where that is cheaper, or into the matrix.
     """
 
-    def __init__(self, parts: Sequence[Tensor | tuple[Tensor, Tensor]]):
+    def __init__(self, parts: Sequence[Part]):
         self.parts = tuple(parts)
-        self._together: Tensor | None = None
 
     def __call__(
         self,
@@ -79,12 +79,16 @@ class DeltaPatch:
         if not self.parts:
             return None
         x = inputs.to(self._dtype)
-        more = [_applied(part, x) for part in self._cheapest()]
+        more = [_applied(part, x) for part in self._in_use()]
         return output + sum(more[1:], more[0]).to(output)
 
+    @torch.no_grad()
     def whole(self) -> Float[Tensor, "d_out d_in"]:
         """The matrix."""
-        found = [part if isinstance(part, Tensor) else part[0] @ part[1] for part in self.parts]
+        pairs = self._one_pair()
+        found = [part for part in self.parts if isinstance(part, Tensor)]
+        if pairs is not None:
+            found.append(pairs[0] @ pairs[1])
         return sum(found[1:], found[0])
 
     @property
@@ -92,23 +96,31 @@ class DeltaPatch:
         part = self.parts[0]
         return (part if isinstance(part, Tensor) else part[0]).dtype
 
-    def _cheapest(self) -> Sequence[Tensor | tuple[Tensor, Tensor]]:
-        if torch.is_grad_enabled() and any(
-            one.requires_grad for part in self.parts for one in (part if isinstance(part, tuple) else (part,))
-        ):
-            return self.parts
-        if self._together is None:
-            if all(isinstance(part, tuple) for part in self.parts):
-                ups = torch.cat([part[0] for part in self.parts], dim=1)
-                downs = torch.cat([part[1] for part in self.parts], dim=0)
-                if ups.shape[1] * (ups.shape[0] + downs.shape[1]) < ups.shape[0] * downs.shape[1]:
-                    return ((ups, downs),)
-            with torch.no_grad():
-                self._together = self.whole()
-        return (self._together,)
+    def _in_use(self) -> Sequence[Part]:
+        numbers = (one for part in self.parts for one in (part if isinstance(part, tuple) else (part,)))
+        is_trained = torch.is_grad_enabled() and any(one.requires_grad for one in numbers)
+        return self.parts if is_trained else (self._together,)
+
+    @functools.cached_property
+    def _together(self) -> Part:
+        pair = self._one_pair()
+        if pair is not None and all(isinstance(part, tuple) for part in self.parts):
+            up, down = pair
+            if up.numel() + down.numel() < len(up) * down.shape[1]:
+                return pair
+        return self.whole()
+
+    @torch.no_grad()
+    def _one_pair(self) -> tuple[Tensor, Tensor] | None:
+        """All pairs as one, or None if there are none."""
+        pairs = [part for part in self.parts if isinstance(part, tuple)]
+        if not pairs:
+            return None
+        ups, downs = zip(*pairs, strict=True)
+        return torch.cat(ups, dim=1), torch.cat(downs, dim=0)
 
 
-def _applied(part: Tensor | tuple[Tensor, Tensor], x: Float[Tensor, "*batch d_in"]) -> Tensor:
+def _applied(part: Part, x: Float[Tensor, "*batch d_in"]) -> Tensor:
     if isinstance(part, Tensor):
         return F.linear(x, part.to(x.device))
     up, down = part
@@ -220,29 +232,14 @@ def _linear_modules(model: nn.Module, layer: int, fits: Callable[[int, int], boo
 def up_projection(model: nn.Module, layer: int) -> str:
     """The name of the module by which a block's feed-forward part reads the hidden state.
 
-    It stands beside the down-projection and takes a hidden state; where there are two (one of them gates the
-    other), the last.
+    Where there are two, one of which gates the other, it is the other.
 
     Raises:
         ConfigError: If the host has no such layer.
         UnsupportedHostError: If the block has no such module (a mixture of experts).
     """
-    down = down_projection(model, layer)
-    d_model, _ = weight_shape(model.get_submodule(down))
-    part, _, name = down.rpartition(".")
-    found: list[str] = []
-    for other, module in model.get_submodule(part).named_children():
-        try:
-            _, d_in = weight_shape(module)
-        except UnsupportedHostError:
-            continue
-        if d_in == d_model and other != name:
-            found.append(f"{part}.{other}")
-    if not found:
-        raise UnsupportedHostError(
-            f"layer {layer} of this host has no up-projection beside {down}: this method edits that one"
-        )
-    return found[-1]
+    down_projection(model, layer)  # one part and no more, which this one belongs to
+    return up_projections(model, layer)[-1]
 
 
 def _is_inside(module: nn.Module, others: Sequence[nn.Module]) -> bool:

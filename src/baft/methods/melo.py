@@ -264,11 +264,11 @@ class _Router:
         n_rows = seen.prompt.shape[0]
         rows, keys = _keys(output, seen)
         if len(rows):
-            routes = seen.shared.get(_ROUTES)
+            routes = seen.memo.get(_ROUTES)
             routes = [NO_BLOCK] * n_rows if routes is None else list(routes)
             for row, block in zip(rows.tolist(), self._database.route(keys).tolist(), strict=True):
                 routes[row] = block
-            seen.shared[_ROUTES] = routes
+            seen.memo[_ROUTES] = routes
 
 
 class _Block:
@@ -309,7 +309,7 @@ class _Blocks:
         seen: Seen,
     ) -> Float[Tensor, "*batch d_out"] | None:
         """The output with what blocks add to their rows; None where no row has one."""
-        routes: Sequence[int] = seen.shared.get(_ROUTES, ())
+        routes: Sequence[int] = seen.memo.get(_ROUTES, ())
         found: Tensor | None = None
         for block in sorted(set(routes) - {NO_BLOCK}):
             rows = torch.tensor([i for i, one in enumerate(routes) if one == block], device=output.device)
