@@ -116,11 +116,12 @@ class FullPass:
         encoder: Its encoder.
         positions: Which tokens are edited.
         texts: Prompts with their targets; more than one row where an edit has several renderings.
-        sites: Where states are wanted.
+        sites: Where states are wanted; without any, none are recorded.
 
     Attributes:
         targets: The target tokens, `[token]`.
         rows: The text of each, `[token]`.
+        columns: Where in the batch each is predicted, `[token]`.
         state_rows: The text of each edited token, `[state]`.
         state_offsets: Its place in the text, counted from the end of the prompt: the last prompt token is -1.
     """
@@ -144,8 +145,8 @@ class FullPass:
         where = Targets.of(texts, device)
         self.rows, self.targets = where.rows, where.ids
         # The host computes logits for these positions of every row, and for no others.
-        columns = self.batch.n_prompt_tokens[where.rows] - 1 + where.offsets
-        self._keep, self._columns = torch.unique(columns, return_inverse=True)
+        self.columns = self.batch.n_prompt_tokens[where.rows] - 1 + where.offsets
+        self._keep, self._kept = torch.unique(self.columns, return_inverse=True)
         window = self.edited.window(
             self.batch.input_ids, self.batch.attention_mask.bool(), self.batch.n_prompt_tokens
         )
@@ -160,11 +161,11 @@ class FullPass:
                 self.batch.input_ids,
                 self.batch.attention_mask,
                 n_prompt_tokens=self.batch.n_prompt_tokens,
-                recording=seen,
+                recording=seen if self.sites else None,
                 use_cache=False,
                 logits_to_keep=self._keep,
             )
-        logits = output.logits[self.rows, self._columns]
+        logits = output.logits[self.rows, self._kept]
         return Predictions(logits, {site: seen.at(site) for site in self.sites}, self.state_rows)
 
     def states(self) -> Mapping[Site, Float[Tensor, "state d_model"]]:

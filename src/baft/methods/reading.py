@@ -16,14 +16,14 @@ from baft.hosts.architecture import find_architecture, input_device
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import EncodedEdit, Encoder
 from baft.hosts.models import Host
-from baft.hosts.passes import Targets
+from baft.hosts.passes import FullPass
 from baft.hosts.prompting import Insertion, Row
 from baft.hosts.turns import Turns
 from baft.methods.base import EditOutcome, OnStep
 from baft.methods.bm25 import Bm25, shares, words
 from baft.methods.stateful import AdditiveEditor, State
 from baft.methods.texts import renderings
-from baft.nn.losses import target_margins
+from baft.methods.training import row_margins
 from baft.types import Edit, EditRequest
 
 _ROWS = 16  # texts asked at once when an edit is measured
@@ -130,24 +130,10 @@ class ReadingEditor(AdditiveEditor):
     def margins(self, edited: EditedModel, texts: Sequence[EncodedEdit]) -> list[float]:
         """The smallest lead of any target token of each text over the best other token, in nats."""
         found: list[float] = []
-        device = input_device(self.host.model)
         for start in range(0, len(texts), _ROWS):
-            some = texts[start : start + _ROWS]
-            rows = [text.prompt_ids + text.target_ids[:-1] for text in some]
-            n_prompt = [len(text.prompt_ids) for text in some]
-            batch = self.encoder.pad(rows, n_prompt, side="right", device=device)
-            where = Targets.of(some, device)
-            columns = batch.n_prompt_tokens[where.rows] - 1 + where.offsets
-            keep, places = torch.unique(columns, return_inverse=True)
-            output = edited(
-                batch.input_ids,
-                batch.attention_mask,
-                n_prompt_tokens=batch.n_prompt_tokens,
-                use_cache=False,
-                logits_to_keep=keep,
-            )
-            margins = target_margins(output.logits[where.rows, places], where.ids)
-            found += [margins[where.rows == i].min().item() for i in range(len(some))]
+            shown = FullPass(self.host, self.encoder, self.positions, texts[start : start + _ROWS], ())
+            shown.edited.follow(edited)
+            found += row_margins(shown({}).logits, shown).tolist()
         return found
 
     def rows_of(self, state: State, name: str, n_requests: int) -> list[list[Row]]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from baft.errors import ConfigError, EditError, InputError
@@ -31,7 +31,7 @@ from baft.hosts.architecture import Site, find_architecture, scaled_layers
 from baft.hosts.background import background_text
 from baft.hosts.encoding import EncodedEdit
 from baft.hosts.models import Host
-from baft.hosts.passes import FullPass, Targets
+from baft.hosts.passes import FullPass
 from baft.hosts.patches import Patch, Seen, by_row, up_projections, weight_shape
 from baft.methods.base import EditOutcome, OnStep
 from baft.methods.key_value import with_patch
@@ -308,10 +308,9 @@ class UltraEditEditor(LowRankEditor):
             with torch.enable_grad():
                 each = row_cross_entropy(shown({}).logits, shown.targets, shown.rows)
                 found = torch.autograd.grad(each.sum(), [probe.nothing for probe in probes.values()])
-            rows, columns = _predicting(shown, texts[start : start + _TEXTS])
             losses += each.tolist()
             for (module, probe), gradient in zip(probes.items(), found, strict=True):
-                at = rows.to(gradient.device), columns.to(gradient.device)
+                at = shown.rows.to(gradient.device), shown.columns.to(gradient.device)
                 kept[module].append((probe.inputs[at], gradient[at]))
         features = {}
         for module, pieces in kept.items():
@@ -331,11 +330,3 @@ class UltraEditEditor(LowRankEditor):
             margins += row_margins(logits, shown).tolist()
             losses += row_cross_entropy(logits, shown.targets, shown.rows).tolist()
         return margins, sum(losses) / len(losses)
-
-
-def _predicting(
-    shown: FullPass, texts: Sequence[EncodedEdit]
-) -> tuple[Int[Tensor, " token"], Int[Tensor, " token"]]:
-    """Rows and columns of the batch at which target tokens are predicted."""
-    where = Targets.of(texts, shown.rows.device)
-    return where.rows, shown.batch.n_prompt_tokens[where.rows] - 1 + where.offsets
