@@ -255,14 +255,13 @@ def _fewer(results: Results, groups: Sequence[Group], names: Sequence[str]) -> s
 
 # --- how it went ---
 
-_N_OF_EDITS = 8  # columns without those of cost
-
 
 def edits_table(results: Results, arena: Arena) -> Table:
     """How making the edits went: failures, what held in training, skipped probes, seconds."""
+    of_groups = {group: list(results.rows_of(group)) for group in results.last(*arena)}
+    with_cost = any("peak_bytes" in row for found in of_groups.values() for row in found)
     rows = []
-    for group in results.last(*arena):
-        found = list(results.rows_of(group))
+    for group, found in of_groups.items():
         failed = [row for row in found if row["error"] is not None]
         times: dict[str, list[float]] = {}
         for row in found:
@@ -280,11 +279,9 @@ def edits_table(results: Results, arena: Arena) -> Table:
                 Cell(number(seconds.estimate, _POSITIVE), between(seconds.low, seconds.high, _POSITIVE)),
                 Cell(number(statistics.median(row["seconds_s"] for row in found), _POSITIVE)),
                 Cell(f"{statistics.fmean(row['n_steps'] for row in found):.1f}"),
-                *_cost_cells([row for row in found if "peak_bytes" in row]),
+                *(_cost_cells([row for row in found if "peak_bytes" in row]) if with_cost else ()),
             ]
         )
-    with_cost = any(len(row) > _N_OF_EDITS for row in rows)
-    rows = [row + [Cell("")] * (with_cost * (_N_OF_EDITS + 2 - len(row))) for row in rows]
     header = (
         "method",
         "edits made",
@@ -310,9 +307,9 @@ def edits_table(results: Results, arena: Arena) -> Table:
 
 
 def _cost_cells(rows: Sequence[Row]) -> list[Cell]:
-    """Peak memory and room in an artifact, of rows that have them."""
+    """Peak memory and room in an artifact, of rows that have them; blank without any."""
     if not rows:
-        return []
+        return [Cell(""), Cell("")]
     peak = statistics.median(row["peak_bytes"] for row in rows)
     return [Cell(f"{peak / 1e6:.0f}"), Cell(f"{rows[-1]['stored_bytes'] / 1e3:.1f}")]
 

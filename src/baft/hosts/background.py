@@ -29,6 +29,7 @@ from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder
 from baft.hosts.kept import keep, kept_path, read_kept
 from baft.hosts.models import Host
+from baft.hosts.passes import show_prompts
 from baft.hosts.positions import PositionSpec
 
 N_CHAT_PROMPTS = 150  # chat renderings are long; this many tell what the template's tokens look like
@@ -167,20 +168,12 @@ def _collect(
     slots: list[Tensor] = []
     for start in range(0, len(rows), _ROWS):
         chunk = rows[start : start + _ROWS]
-        batch = encoder.pad(chunk, [len(row) for row in chunk], side="right", device=input_device(host.model))
         seen = Recording()
-        watched(
-            batch.input_ids,
-            batch.attention_mask,
-            n_prompt_tokens=batch.n_prompt_tokens,
-            recording=seen,
-            use_cache=False,
-            logits_to_keep=1,
-        )
-        mask = seen.masks[0]
-        place = mask.nonzero()
+        show_prompts(watched, encoder, chunk, seen)
+        place = seen.masks[0].nonzero()
+        ends = place.new_tensor([len(row) for row in chunk])
         is_first = place[:, 1] == 0
-        is_last = place[:, 1] == batch.n_prompt_tokens[place[:, 0]] - 1
+        is_last = place[:, 1] == ends[place[:, 0]] - 1
         keep = ~is_first if slot is Slot.TEXT else torch.ones_like(is_first)
         here = torch.where(is_last, int(slot), int(Slot.TEXT))
         slots.append(here[keep])

@@ -18,13 +18,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from baft.errors import ConfigError, InputError
-from baft.hosts.architecture import find_architecture, input_device
+from baft.hosts.architecture import find_architecture
 from baft.hosts.background import background_text
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder
 from baft.hosts.kept import keep, kept_path, read_kept
 from baft.hosts.kernels import fast_linears
 from baft.hosts.models import Host
+from baft.hosts.passes import show_prompts
 from baft.hosts.patches import Seen, by_row, weight_shape
 
 logger = logging.getLogger(__name__)
@@ -161,15 +162,8 @@ def _compute(
     rows = sorted(rows, key=len)
     for start in range(0, len(rows), _ROWS):
         chunk = rows[start : start + _ROWS]
-        batch = encoder.pad(chunk, [len(row) for row in chunk], side="right", device=input_device(host.model))
         with fast_linears():
-            watched(
-                batch.input_ids,
-                batch.attention_mask,
-                n_prompt_tokens=batch.n_prompt_tokens,
-                use_cache=False,
-                logits_to_keep=1,
-            )
+            show_prompts(watched, encoder, chunk)
     return {name: one.total / one.n_tokens for name, one in sums.items()}
 
 

@@ -179,6 +179,32 @@ class FullPass:
         return FullPass(self._host, self._encoder, self.edited.positions, texts, self.sites)
 
 
+def show_prompts(
+    edited: EditedModel,
+    encoder: Encoder,
+    prompts: Sequence[tuple[int, ...]],
+    recording: Recording | None = None,
+) -> None:
+    """Runs prompts through an edited model for what its patches, or a recording, see of them.
+
+    Args:
+        edited: The model.
+        encoder: Its host's encoder.
+        prompts: The prompts, padded to one batch.
+        recording: Receives the states at the edited tokens.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    batch = encoder.pad(prompts, lengths, side="right", device=input_device(edited.host))
+    edited(
+        batch.input_ids,
+        batch.attention_mask,
+        n_prompt_tokens=batch.n_prompt_tokens,
+        recording=recording,
+        use_cache=False,
+        logits_to_keep=1,  # they are of no interest
+    )
+
+
 def with_parts(
     edited: EditedModel, sites: Sequence[Site], parts: Mapping[Site, Parts], own: Own | None
 ) -> EditedModel:

@@ -21,12 +21,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from baft.errors import ConfigError
-from baft.hosts.architecture import Site, input_device, intervention_dtype, site_device
+from baft.hosts.architecture import Site, intervention_dtype, site_device
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder
 from baft.hosts.kernels import fast_linears
 from baft.hosts.models import Host
-from baft.hosts.passes import FullPass, Predictions
+from baft.hosts.passes import FullPass, Predictions, show_prompts
 from baft.hosts.patches import Patch, Seen, by_row
 from baft.hosts.positions import PositionSpec
 from baft.methods.base import OnStep
@@ -277,20 +277,10 @@ class KeyValues:
         inputs, outputs = [], []
         for start in range(0, len(flat), _ROWS):
             chunk = flat[start : start + _ROWS]
-            prompts = [one.text.prompt_ids for one in chunk]
-            batch = self._encoder.pad(
-                prompts, [len(ids) for ids in prompts], side="right", device=input_device(self._host.model)
-            )
             reading = Reading(torch.tensor([one.place for one in chunk]))
             edited.patches = with_patch(patches, module, reading)
             with fast_linears():
-                edited(
-                    batch.input_ids,
-                    batch.attention_mask,
-                    n_prompt_tokens=batch.n_prompt_tokens,
-                    use_cache=False,
-                    logits_to_keep=1,
-                )
+                show_prompts(edited, self._encoder, [one.text.prompt_ids for one in chunk])
             inputs.append(reading.inputs.to("cpu", torch.float64))
             outputs.append(reading.outputs.to("cpu", torch.float64))
         counts = [len(of_edit) for of_edit in rows]

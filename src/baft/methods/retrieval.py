@@ -118,11 +118,7 @@ class RetrievalEditor(ReadingEditor):
             found["chat"] = self.table([self._chat(edit) for edit in edits])
         if self.config.keys == "states":
             found["keys"] = self._states.keys([edit.prompt for edit in edits])
-            scores = self._states.reached(found["keys"])
-        else:
-            index = Index([self._shares(edit) for edit in edits])
-            scores = torch.stack([index.scores(words(text)) for text in background_text()["prompts"]])
-        found["thresholds"] = self._thresholds(scores).to(found["raw"].device)
+        found["thresholds"] = self._thresholds(edits, found.get("keys")).to(found["raw"].device)
         return found
 
     def layout(self, requests: Sequence[EditRequest], state: State) -> Layout:
@@ -166,10 +162,15 @@ class RetrievalEditor(ReadingEditor):
     def _shares(self, edit: Edit) -> dict[str, float]:
         return edit_shares(edit, self._bm25, self.config.subject_weight)
 
-    def _thresholds(self, scores: Tensor) -> Tensor:
-        """One for each edit, given the scores that background prompts reach, `[prompt, edit]`."""
+    def _thresholds(self, edits: Sequence[Edit], keys: Tensor | None) -> Tensor:
+        """One for each edit: the one that is set, or by the scores that background prompts reach."""
         if self.config.threshold is not None:
-            return torch.full((scores.shape[1],), self.config.threshold, dtype=torch.float64)
+            return torch.full((len(edits),), self.config.threshold, dtype=torch.float64)
+        if keys is not None:
+            scores = self._states.reached(keys)
+        else:
+            index = Index([self._shares(edit) for edit in edits])
+            scores = torch.stack([index.scores(words(text)) for text in background_text()["prompts"]])
         return conformal_threshold(scores, self.config.false_fire_rate)
 
     def _raw(self, edit: Edit) -> Row:

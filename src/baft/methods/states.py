@@ -9,12 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from baft.errors import UnsupportedHostError
-from baft.hosts.architecture import Site, find_architecture, input_device, intervention_dtype
+from baft.hosts.architecture import Site, find_architecture, intervention_dtype
 from baft.hosts.background import background_text, fitting
 from baft.hosts.calls import Recording
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
+from baft.hosts.passes import show_prompts
 from baft.hosts.positions import PositionSpec
 
 _ROWS = 32
@@ -81,16 +82,8 @@ class StateKeys:
             some = rows[start : start + _ROWS]
             lengths = [len(row) for row in some]
             watched = EditedModel(self._host.model, {self.site: ()}, PositionSpec(last_prompt=max(lengths)))
-            batch = self._encoder.pad(some, lengths, side="right", device=input_device(self._host.model))
             seen = Recording()
-            watched(
-                batch.input_ids,
-                batch.attention_mask,
-                n_prompt_tokens=batch.n_prompt_tokens,
-                recording=seen,
-                use_cache=False,
-                logits_to_keep=1,
-            )
+            show_prompts(watched, self._encoder, some, seen)
             states = seen.at(self.site).to(intervention_dtype(self._host.model))
             row, column = seen.masks[0].to(states.device).nonzero().unbind(-1)
             counts = row.bincount(minlength=len(some))

@@ -45,12 +45,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from baft.errors import ConfigError, UnsupportedHostError
-from baft.hosts.architecture import find_architecture, input_device, intervention_dtype, scaled_layers
+from baft.hosts.architecture import find_architecture, intervention_dtype, scaled_layers
 from baft.hosts.background import background_text, fitting
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import EncodedEdit
 from baft.hosts.models import Host
-from baft.hosts.passes import FullPass, Predictions
+from baft.hosts.passes import FullPass, Predictions, show_prompts
 from baft.hosts.patches import DeltaPatch
 from baft.hosts.speaking import Speaker
 from baft.methods.base import EditOutcome, OnStep
@@ -318,11 +318,7 @@ class WiseEditor(DownProjectionEditor):
         watched = EditedModel(self.host.model, positions=self.positions)
         watched.patches = {self.module: reader}
         for start in range(0, len(rows), _ROWS):
-            chunk = rows[start : start + _ROWS]
-            lengths = [len(row) for row in chunk]
-            batch = self.encoder.pad(chunk, lengths, side="right", device=input_device(self.host.model))
-            mask, ends = batch.attention_mask, batch.n_prompt_tokens
-            watched(batch.input_ids, mask, n_prompt_tokens=ends, use_cache=False, logits_to_keep=1)
+            show_prompts(watched, self.encoder, rows[start : start + _ROWS])
             here = self._kept(reader)
             found = here if found is None else found.and_more(here)
         if found is None:
