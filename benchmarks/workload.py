@@ -16,6 +16,7 @@ from baft.hosts.encoding import EncodedEdit, Encoder
 from baft.hosts.models import Host
 from baft.methods.baft import BaftEditor
 from baft.methods.baft_config import BaftConfig
+from baft.methods.texts import renderings
 from baft.types import Edit, EditRequest
 
 N_TOKENS = range(10, 21)  # of a short prompt
@@ -103,12 +104,8 @@ class Workload:
 
     def texts(self, number: int) -> list[EncodedEdit]:
         """The edit of a round in every rendering that the preset trains."""
-        edit, config = self.edit(number), self.config
-        renderings = (False, True) if config.chat and self.encoder.has_chat else (False,)
-        return [
-            self.encoder.edit(edit.prompt, edit.target, chat=chat, eos=config.train_eos)
-            for chat in renderings
-        ]
+        config = self.config
+        return renderings(self.encoder, [self.edit(number)], chat=config.chat, eos=config.train_eos)
 
     def plain_row(self, number: int) -> Tensor:
         """The edit's own prompt and target as the host reads them, raw, `[1, pos]`."""
