@@ -8,8 +8,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from baft.hosts.embedded import cache_folder
@@ -37,13 +37,24 @@ def kept_path(kind: str, host: Host, what: object) -> Path:
 def read_kept(path: Path) -> dict[str, Tensor] | None:
     """What is kept there; None where nothing is, or it is damaged."""
     try:
-        # Copies: a tensor in the file stands at any address, and on that depends how products are rounded.
-        kept = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+        kept = {name: _read_one(path, name) for name in names}
     except (OSError, SafetensorError):
         return None
     with contextlib.suppress(OSError):
         os.utime(path)  # used now: the last to be evicted
     return kept
+
+
+def _read_one(path: Path, name: str) -> Tensor:
+    """A copy of one tensor; the file is let go of each time, so that not all of it is in memory twice.
+
+    A copy, since a tensor in the file stands at any address, and on that depends how products are rounded.
+    """
+    with safe_open(path, "pt") as file:
+        tensor: Tensor = file.get_tensor(name).clone()
+    return tensor
 
 
 def keep(path: Path, tensors: Mapping[str, Tensor], what: str, *, most_bytes: int) -> None:

@@ -22,7 +22,7 @@ from baft.nn.whitening import Whitening
 EditKeys = tuple[Float[Tensor, "_ d_model"], Int[Tensor, " _"]]  # of one edit: states, and their slots
 
 _ORDINARY_QUANTILE = 0.999
-_ROWS = 2048  # states looked at in one piece
+_ROWS = 256  # states looked at in one piece
 _HIGHEST_MIDPOINT = 0.8  # a gate whose midpoint reached one would not open at its own key
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from baft.nn.gates import closed_form_gate
 
-_ROWS = 2048
+_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
