@@ -152,3 +152,32 @@ def test_it_is_tried_once_for_a_host_and_its_first_layer(monkeypatch, caplog):
         assert why_full(other, encoder, PositionSpec(), texts, (Site(0),)) is None
         assert len(tried) == 3
         assert len(caplog.records) == 1
+
+
+def test_what_says_nothing_about_the_host_is_asked_again(monkeypatch):
+    model = tiny_host("llama")
+    asked = (as_host(model), Encoder.for_host(as_host(model)), PositionSpec())
+    texts = [asked[1].edit("The tower is in the city of", "Ro")]
+    real = suffix.SuffixPass
+
+    def fail(*_):
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(suffix, "SuffixPass", fail)
+    assert why_full(*asked, texts, [Site(0)]) == "RuntimeError: can't allocate memory"
+    monkeypatch.setattr(suffix, "SuffixPass", real)
+    assert why_full(*asked, texts, [Site(0)]) is None
+    monkeypatch.setattr(suffix, "SuffixPass", fail)
+    assert why_full(*asked, texts, [Site(0)]) is None  # this is known
+    handle = model.model.layers[1].register_forward_hook(lambda *_: None)
+    assert why_full(*asked, texts, [Site(0)]) is not None  # with somebody's hook it is not
+    handle.remove()
+
+
+def test_the_trial_fits_where_the_edit_fits():
+    model = tiny_host("gpt2")
+    host = as_host(model)
+    encoder, limit = Encoder.for_host(host), find_architecture(model).max_positions
+    longest = encoder.edit("The tower", "x" * (limit - len(encoder.prompt("The tower")) - 2))
+    assert len(longest.prompt_ids + longest.target_ids) in (limit - 2, limit - 1, limit)
+    assert why_full(host, encoder, PositionSpec(), [longest], [Site(0)]) is None

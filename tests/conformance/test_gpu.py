@@ -1,5 +1,7 @@
 """The core of the conformance suite on an accelerator; test_precision.py makes the same checks on the CPU."""
 
+from dataclasses import replace
+
 import accelerate
 import pytest
 import torch
@@ -7,7 +9,19 @@ import torch
 import baft
 from baft.hosts.architecture import Site, input_device, site_device
 from baft.hosts.edited_model import EditedModel
-from tiny import N_LAYERS, pad_rows, positions_of, random_ids, shut_part, some_interventions, tiny_host
+from baft.hosts.models import Host
+from baft.methods.baft import ReftEditor
+from baft.types import Edit, EditRequest
+from tiny import (
+    N_LAYERS,
+    pad_rows,
+    positions_of,
+    random_ids,
+    shut_part,
+    some_interventions,
+    tiny_host,
+    tiny_tokenizer,
+)
 from training_checks import (
     PRESETS,
     check_background,
@@ -126,3 +140,17 @@ def test_weights_that_are_kept_in_ram_run_on_the_accelerator(tmp_path, where):
     assert model.identity.weights_hash == plain.identity.weights_hash
     model.undo()
     assert torch.equal(model.logits("A"), untouched)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two accelerators")
+def test_a_host_on_two_devices_is_trained_by_the_cheap_pass():
+    host = tiny_host("llama")
+    last = "cuda:1"
+    where = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": last}
+    where |= {"model.layers.2": last, "model.norm": last, "lm_head": last}
+    accelerate.dispatch_model(host, where)
+    settings = replace(ReftEditor.preset("default"), max_steps=3, layers=(0, 2))
+    edits = EditRequest((Edit("The tower is in the city of", "Ro"),))
+    outcome = ReftEditor(Host("tiny", host, tiny_tokenizer(), "on two devices"), settings).apply(edits)
+    assert outcome.why_full is None
+    assert outcome.n_steps > 0

@@ -129,6 +129,28 @@ def test_a_prompt_shorter_than_three_tokens_is_taken_but_for_its_first(host, enc
     assert len(prompt_states(host, Encoder(tiny_tokenizer()), SITES, ["A"]).slots) == 1
 
 
+def test_nothing_is_kept_or_read_while_a_hook_may_change_the_host(host, encoder, small, cache, monkeypatch):
+    monkeypatch.setattr(module, "_WORTH_KEEPING_S", 0.0)
+
+    def change(_, __, output):
+        return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
+
+    def changed():
+        handle = host.model.model.layers[0].register_forward_hook(change)
+        try:
+            return background(host, encoder, SITES)
+        finally:
+            handle.remove()
+
+    other = changed()
+    assert not cache.exists()
+    made = background(host, encoder, SITES)
+    assert list(cache.iterdir())  # control
+    assert same(changed(), other)
+    assert not same(made, other)
+    assert same(background(host, encoder, SITES), made)
+
+
 def test_the_cache_changes_nothing(host, encoder, small, cache, monkeypatch):
     monkeypatch.setattr(module, "_WORTH_KEEPING_S", 1e9)
     made = background(host, encoder, SITES)

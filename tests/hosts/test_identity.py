@@ -301,6 +301,12 @@ def test_adapters_are_told_apart_by_which_is_active():
     wrapped.set_adapter("first")
     with wrapped.disable_adapter(), pytest.raises(HostMismatchError):
         compare(made, who(wrapped))
+    assert compare(made, who(wrapped)) == "same"
+    for module in wrapped.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("first", 32.0)
+    with pytest.raises(HostMismatchError):
+        compare(made, who(wrapped))
 
 
 @pytest.mark.real_host

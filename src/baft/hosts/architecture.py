@@ -143,6 +143,36 @@ def site_device(model: nn.Module, site: Site) -> torch.device:
     return _runs_on(find_architecture(model).block(site)) or input_device(model)
 
 
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """Which adapters of a PEFT host act, how strongly, and whether they are off: no parameter says it."""
+    tuned: list[Any] = [module for module in model.modules() if hasattr(module, "merged_adapters")]
+    return tuple(
+        sorted(
+            {
+                f"{sorted(one.active_adapters)}, disabled: {bool(one.disable_adapters)}, "
+                f"scaling: {sorted(getattr(one, 'scaling', {}).items())}"
+                for one in tuned
+            }
+        )
+    )
+
+
+def n_hooks(model: nn.Module) -> int:
+    """How many hooks others have hung on a host that may change what it computes.
+
+    Those of transformers only watch; those of edited models act in their own calls alone.
+    """
+    hung = (
+        hook
+        for module in model.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in list(hooks.values())
+    )
+    return sum(
+        not str(getattr(hook, "__module__", "")).startswith(("transformers.", "baft.hosts.")) for hook in hung
+    )
+
+
 def accelerate_hooks(module: nn.Module) -> tuple[Any, ...]:
     """What accelerate hung on a module to place or offload its weights; empty without it."""
     hook: Any = module.__dict__.get("_hf_hook")

@@ -182,20 +182,20 @@ def _collect(
     return Background({site: torch.cat(found) for site, found in states.items()}, torch.cat(slots))
 
 
-def _cache_path(host: Host, encoder: Encoder, sites: Sequence[Site]) -> Path:
+def _cache_path(host: Host, encoder: Encoder, sites: Sequence[Site]) -> Path | None:
     """Named by what the states depend on: the host, and the texts, tokens and layers."""
     texts = (sorted(background_text().items()), encoder.has_chat, encoder.max_tokens)
     return kept_path("background", host, (texts, [site.layer for site in sites], _FORMAT))
 
 
-def _read(path: Path, sites: Sequence[Site]) -> Background | None:
+def _read(path: Path | None, sites: Sequence[Site]) -> Background | None:
     kept = read_kept(path)
     if kept is None or not kept.keys() >= {"slots", *(f"layer{site.layer}" for site in sites)}:
         return None
     return Background({site: kept[f"layer{site.layer}"] for site in sites}, kept["slots"])
 
 
-def _write(path: Path, made: Background) -> None:
+def _write(path: Path | None, made: Background) -> None:
     tensors = {f"layer{site.layer}": _compact(states) for site, states in made.states.items()}
     tensors["slots"] = made.slots.cpu()
     keep(path, tensors, "background states", most_bytes=_KEPT_BYTES)

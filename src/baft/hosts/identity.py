@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from baft.errors import DamagedArtifactError, HostMismatchError
-from baft.hosts.architecture import accelerate_hooks
+from baft.hosts.architecture import accelerate_hooks, active_adapters
 from baft.hosts.models import Host
 
 N_HASHED_VALUES = 16
@@ -125,7 +125,7 @@ def identify(host: Host) -> HostIdentity:
     return HostIdentity(
         name=host.name,
         architecture=type(base).__name__,
-        config_hash=_digest(_relevant(base.config.to_dict() | {"adapters": _adapters(model)})),
+        config_hash=_digest(_relevant(base.config.to_dict() | {"adapters": list(active_adapters(model))})),
         weights_hash=_weights_hash(values),
         cast_hashes={_name(dtype): _weights_hash(values, dtype) for dtype in _CASTS},
         n_parameters=len(values),
@@ -206,12 +206,6 @@ def _common(expected: HostIdentity, actual: HostIdentity) -> list[str]:
 
 def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps the model
-
-
-def _adapters(model: Any) -> list[str]:
-    """Which adapters of a PEFT host are active, and whether they are switched off; they are no parameters."""
-    tuned = [module for module in model.modules() if hasattr(module, "merged_adapters")]
-    return sorted({f"{sorted(one.active_adapters)}, disabled: {bool(one.disable_adapters)}" for one in tuned})
 
 
 def _mismatch(expected: HostIdentity, actual: HostIdentity, what: str) -> HostMismatchError:

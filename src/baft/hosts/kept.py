@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from baft.hosts.architecture import n_hooks
 from baft.hosts.embedded import cache_folder
 from baft.hosts.identity import identify
 from baft.hosts.models import Host
@@ -19,14 +20,19 @@ from baft.hosts.models import Host
 logger = logging.getLogger(__name__)
 
 
-def kept_path(kind: str, host: Host, what: object) -> Path:
+def kept_path(kind: str, host: Host, what: object) -> Path | None:
     """Where something is kept that depends on a host, on its tokenizer, and on `what`.
+
+    Nowhere while others' hooks may change what the host computes. The name is made of samples of every
+    parameter (`identity.py`), which may miss a change of single entries: then set another `BAFT_CACHE`.
 
     Args:
         kind: What it is; the folder.
         host: The host.
         what: All else that it depends on, as data whose `repr` tells it.
     """
+    if n_hooks(host.model):
+        return None
     one = identify(host)
     who = (one.weights_hash, one.n_parameters, one.architecture, one.config_hash, one.dtype)
     given = (what, one.tokenizer_hash)
@@ -34,8 +40,10 @@ def kept_path(kind: str, host: Host, what: object) -> Path:
     return cache_folder() / kind / f"{host_hash}-{what_hash}.safetensors"
 
 
-def read_kept(path: Path) -> dict[str, Tensor] | None:
+def read_kept(path: Path | None) -> dict[str, Tensor] | None:
     """What is kept there; None where nothing is, or it is damaged."""
+    if path is None:
+        return None
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
@@ -57,17 +65,19 @@ def _read_one(path: Path, name: str) -> Tensor:
     return tensor
 
 
-def keep(path: Path, tensors: Mapping[str, Tensor], what: str, *, most_bytes: int) -> None:
+def keep(path: Path | None, tensors: Mapping[str, Tensor], what: str, *, most_bytes: int) -> None:
     """Writes tensors there, all or nothing, and makes room for them.
 
     A cache that cannot be written costs time and nothing else: it is logged.
 
     Args:
-        path: Where, by `kept_path`.
+        path: Where, by `kept_path`; None for nowhere.
         tensors: On the CPU.
         what: What they are, for the log.
         most_bytes: What the folder may hold; what was used longest ago is deleted, the newest never.
     """
+    if path is None:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.parent.name}-")

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from baft.hosts.architecture import Site, input_device
+from baft.errors import UnsupportedHostError
+from baft.hosts.architecture import Site, active_adapters, input_device, n_hooks
 from baft.hosts.calls import Parts, Recording
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import EncodedEdit, Encoder
@@ -213,7 +214,7 @@ def with_parts(
     return edited if own is None else edited.apart(*own)
 
 
-_verdicts: "WeakKeyDictionary[Any, dict[int, str | None]]" = WeakKeyDictionary()
+_verdicts: "WeakKeyDictionary[Any, dict[object, str | None]]" = WeakKeyDictionary()
 
 
 def why_full(
@@ -221,32 +222,36 @@ def why_full(
 ) -> str | None:
     """Why a host cannot be run by `SuffixPass`, or None if it can.
 
-    It is tried out once for a host and its first edited layer, against the full pass, on two prompts of
-    unequal length that begin alike, so that there are prefixes, shared ones, and padding among them.
+    It is tried out against the full pass, on two prompts of unequal length that begin alike, so that there
+    are prefixes, shared ones, and padding among them: once for a host, the first edited layer, and what
+    others have hung on the host. What broke off for a reason that may pass is tried again.
     """
     from baft.hosts.suffix import LEAST_SHARED, SuffixPass
 
-    known, first = _verdicts.setdefault(host.model, {}), min(sites).layer
-    if first not in known:
-        ids = (*texts[0].prompt_ids, *texts[0].target_ids)
-        n = LEAST_SHARED + positions.last_prompt + 2
-        trial = [EncodedEdit(tuple(islice(cycle(ids), longer)), texts[0].target_ids) for longer in (n, n + 3)]
-        given = (host, encoder, positions, trial, sites)
-        try:
-            with torch.no_grad():
-                full, quick = (one(*given)({}).logits for one in (FullPass, SuffixPass))
-                full, quick = full.float().cpu(), quick.float().cpu()
-            apart = ((full - quick).abs().max() / full.std()).item()
-            known[first] = (
-                None if apart < _tolerance(host) else f"both passes differ by {apart:.2g} of the spread"
-            )
-        except torch.OutOfMemoryError:
-            raise  # it says nothing about the host
-        except Exception as error:  # whatever a host's own code may say to being run in parts
-            known[first] = f"{type(error).__name__}: {error}"
-        if known[first]:
-            logger.info("%s is trained by full passes: %s", host.name, known[first])
-    return known[first]
+    known = _verdicts.setdefault(host.model, {})
+    asked = (min(sites).layer, active_adapters(host.model), n_hooks(host.model))
+    if asked in known:
+        return known[asked]
+    ids = (*texts[0].prompt_ids, *texts[0].target_ids)
+    n = LEAST_SHARED + positions.last_prompt + 2
+    target = texts[0].target_ids[:2]
+    trial = [EncodedEdit(tuple(islice(cycle(ids), longer)), target) for longer in (n, n + 3)]
+    given = (host, encoder, positions, trial, sites)
+    try:
+        with torch.no_grad():
+            full, quick = (one(*given)({}).logits.float().cpu() for one in (FullPass, SuffixPass))
+        apart = ((full - quick).abs().max() / full.std()).item()
+        why = None if apart < _tolerance(host) else f"both passes differ by {apart:.2g} of the spread"
+        known[asked] = why
+    except torch.OutOfMemoryError:
+        raise  # it says nothing about the host
+    except UnsupportedHostError as error:
+        why = known[asked] = f"{type(error).__name__}: {error}"
+    except Exception as error:  # whatever a host's own code may say to being run in parts
+        why = f"{type(error).__name__}: {error}"
+    if why is not None:
+        logger.info("%s is trained by full passes: %s", host.name, why)
+    return why
 
 
 def _tolerance(host: Host) -> float:

@@ -106,7 +106,8 @@ class SuffixPass:
                 use_cache=True,
                 **arguments,
             )
-        logits = output.logits
+        # Of a host on several devices: the copy is without the hook of accelerate that would bring them here.
+        logits = output.logits.to(self.targets.device)
         logits = logits.squeeze(0) if self._trunk_of.selects else logits[self.rows, self._columns]
         return Predictions(logits, {site: seen.at(site) for site in self.sites}, self.state_rows)
 
@@ -271,7 +272,7 @@ _catching: ContextVar[object] = ContextVar("baft_catching", default=None)
 def _outputs_of(
     architecture: Architecture, sites: Sequence[Site]
 ) -> Iterator[dict[Site, tuple[Tensor, bool]]]:
-    """What blocks put out in calls of this thread meanwhile, and whether in a tuple."""
+    """What blocks put out in this thread meanwhile, before anyone's hooks, and whether in a tuple."""
     caught: dict[Site, tuple[Tensor, bool]] = {}
 
     def catch(site: Site) -> Any:
@@ -286,7 +287,7 @@ def _outputs_of(
     try:
         with hanging:
             for site in sites:
-                handles.append(architecture.block(site).register_forward_hook(catch(site)))
+                handles.append(architecture.block(site).register_forward_hook(catch(site), prepend=True))
         yield caught
     finally:
         for handle in handles:
@@ -348,6 +349,7 @@ class _TrunkOf:
         self._ask_less(inner, head)
         blocks = list(architecture.blocks)
         passed = [_Passed(block, self.given) for block in blocks[: site.layer + 1]]
+        _hang_alike(passed[-1], blocks[site.layer])
         inner._modules[way[-1]] = nn.ModuleList([*passed, *blocks[site.layer + 1 :]])
 
     def set(
@@ -408,6 +410,13 @@ def _shallow(module: nn.Module) -> nn.Module:
         if name == "_modules" or (isinstance(value, dict) and "_hooks" in name):
             found.__dict__[name] = copy.copy(value)
     return found
+
+
+def _hang_alike(module: nn.Module, original: nn.Module) -> None:
+    """Hangs on a module what others hung on another's output: an edit comes before it in every pass."""
+    for name, value in original.__dict__.items():
+        if name.startswith("_forward_hooks"):
+            module.__dict__[name] = copy.copy(value)
 
 
 def _inner(host: Any) -> Any:
