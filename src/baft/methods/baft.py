@@ -208,12 +208,13 @@ class BaftEditor(StackedEditor):
     @contextlib.contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """Sets everything back if what is inside breaks off, such as by Ctrl-C between two lines."""
-        kept, requests = self._bases.state, self.requests
+        bases, kept, requests = self._bases, self._bases.state, self.requests
         try:
             yield
         except BaseException:
-            self._bases.state, self.requests = kept, requests
-            self._edited.interventions = self._bases.in_force()
+            bases.state = kept
+            self._bases, self.requests = bases, requests
+            self._edited.interventions = bases.in_force()
             raise
 
     def undo(self, n: int = 1) -> tuple[EditRequest, ...]:
@@ -222,16 +223,18 @@ class BaftEditor(StackedEditor):
         if n == len(self.requests):
             self.reset()
             return gone
-        self._bases.undo(n)
-        self.requests = self.requests[:-n]
-        self._edited.interventions = self._bases.in_force()
+        with self._all_or_nothing():
+            self._bases.undo(n)
+            self.requests = self.requests[:-n]
+            self._edited.interventions = self._bases.in_force()
         return gone
 
     def reset(self) -> None:
         """Forgets every edit."""
-        self._bases.clear()
-        self.requests = ()
-        self._edited.interventions = {}
+        with self._all_or_nothing():
+            self._bases.clear()
+            self.requests = ()
+            self._edited.interventions = {}
 
     def explain(self, ids: Sequence[int], n_prompt_tokens: int) -> tuple[GateReading, ...]:
         """The gates at every edited token of a sequence, by layer, edit and token."""
@@ -270,8 +273,9 @@ class BaftEditor(StackedEditor):
         bases.load(left, requests)
         if left:
             raise DamagedArtifactError(f"tensor {min(left)!r} belongs to no edit of this set")
-        self._bases, self.requests = bases, tuple(requests)
-        self._edited.interventions = bases.in_force()
+        with self._all_or_nothing():
+            self._bases, self.requests = bases, tuple(requests)
+            self._edited.interventions = bases.in_force()
 
     def _no_bases(self) -> Bases:
         return OwnBases(self._frame) if self.config.bases == "own" else SharedBases(self._frame)
