@@ -5,7 +5,7 @@ interventions it is training; how that pass runs (over the whole model, or a cac
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -243,14 +243,25 @@ def outcome_of(
     )
 
 
+def pieces(run: TargetPass, edits: Int[Tensor, " row"], most: int) -> Iterator[TargetPass]:
+    """The pass over the texts of a few edits at a time, in order.
+
+    Args:
+        run: Shows the predictions of all.
+        edits: Which edit each text belongs to, `[row]`, in rising order.
+        most: Edits in a piece.
+    """
+    for chunk in torch.arange(int(edits.max()) + 1, device=edits.device).split(most):
+        yield run.select(torch.isin(edits, chunk).nonzero()[:, 0])
+
+
 @torch.no_grad()
 def _look_again(
     run: TargetPass, parts: Mapping[Site, Parts], edits: Int[Tensor, " row"], config: TrainingConfig
 ) -> tuple[Float[Tensor, " row"], float]:
     """The margins of all texts, and their mean cross-entropy."""
     margins, cross_entropy = [], []
-    for chunk in torch.arange(int(edits.max()) + 1, device=edits.device).split(config.edits_at_once):
-        here = run.select(torch.isin(edits, chunk).nonzero()[:, 0])
+    for here in pieces(run, edits, config.edits_at_once):
         logits = here(parts).logits
         margins.append(row_margins(logits, here))
         cross_entropy.append(row_cross_entropy(logits, here.targets, here.rows))
