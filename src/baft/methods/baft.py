@@ -77,6 +77,7 @@ class BaftEditor(StackedEditor):
         self._edited = EditedModel(host.model, {}, PositionSpec(config.last_prompt, config.outputs))
         self._frame = Frame(host, config, self.sites, architecture.d_model, seed)
         self._bases = self._no_bases()
+        self._named: tuple[tuple[str, ...], Background] | None = None  # the last unrelated prompts
 
     @property
     def edited(self) -> EditedModel:
@@ -297,8 +298,11 @@ class BaftEditor(StackedEditor):
             return None
         if not unrelated:
             return self._background
-        more = prompt_states(self.host, self.encoder, self.sites, unrelated)
-        return self._background.with_prompts(more)
+        prompts = tuple(unrelated)
+        if self._named is None or self._named[0] != prompts:
+            more = prompt_states(self.host, self.encoder, self.sites, prompts)
+            self._named = (prompts, self._background.with_prompts(more))
+        return self._named[1]
 
     @cached_property
     def _background(self) -> Background:

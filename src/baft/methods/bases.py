@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, final
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -185,7 +186,7 @@ class OwnBases(Bases):
     def __init__(self, frame: Frame):
         super().__init__(frame)
         self._by_request: list[Layers] = []  # blocks in the order of the request's edits
-        self._fitted: tuple[Background, Mapping[Site, ClosedFormGates]] | None = None
+        self._fitted: WeakKeyDictionary[Background, Mapping[Site, ClosedFormGates]] = WeakKeyDictionary()
         self._fused: Mapping[Site, Parts] = {}
 
     @property
@@ -277,15 +278,14 @@ class OwnBases(Bases):
         self._by_request, self._fused = by_request, fused  # at once: what breaks off above changes nothing
 
     def _gates(self, negatives: Background) -> Mapping[Site, ClosedFormGates]:
-        """What makes the gates; kept while the background is the same, for its statistics take a while."""
-        if self._fitted is None or self._fitted[0] is not negatives:
+        """What makes the gates; kept for as long as the background is, for its statistics take a while."""
+        if negatives not in self._fitted:
             frame = self.frame
-            made = {
+            self._fitted[negatives] = {
                 site: ClosedFormGates(frame.config, negatives, site, frame.device(site))
                 for site in frame.sites
             }
-            self._fitted = (negatives, made)
-        return self._fitted[1]
+        return self._fitted[negatives]
 
     def _joined(self, several: Sequence[Layers]) -> Layers:
         return {site: concatenate([layers[site] for layers in several]) for site in self.frame.sites}
