@@ -28,6 +28,7 @@ from baft.errors import (
     UnknownNameError,
 )
 from baft.hosts.background import background_text
+from baft.hosts.edited_model import EditedModel
 from baft.hosts.speaking import Speaker
 from baft.methods.baft import ReftEditor
 from baft.report import TokenGates
@@ -632,6 +633,41 @@ def test_ctrl_c_leaves_the_model_as_it_was(model, monkeypatch, settings, where, 
     assert model.edit(*KING, **settings).succeeded
     assert model.hf is view
     assert not torch.equal(logits(model), before)  # control
+
+
+@pytest.mark.parametrize("settings", [OWN, SHARED], ids=["own", "shared"])
+@pytest.mark.parametrize("where", ["in the editor", "behind it", "in the model"])
+def test_ctrl_c_while_edits_are_taken_back_takes_back_all_or_none(model, monkeypatch, settings, where):
+    seen = [logits(model)]
+    for prompt, target in (TOWER, KING, PARIS):
+        model.edit(prompt, target, **settings)
+        seen.append(logits(model))
+    undo, follow, broken = model._editor.undo, EditedModel.follow, iter([True])
+
+    def undone(n):
+        undo(n)
+        raise KeyboardInterrupt
+
+    def followed(self, other):
+        if next(broken, False):
+            raise KeyboardInterrupt
+        follow(self, other)
+
+    if where == "in the model":
+        monkeypatch.setattr(EditedModel, "follow", followed)
+    elif where == "behind it":
+        monkeypatch.setattr(model._editor, "undo", undone)
+    else:
+        monkeypatch.setattr(model._editor._bases, "undo", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.undo(2)
+    monkeypatch.undo()
+    left = 3 if where == "in the editor" else 1
+    assert [one.edit.prompt for one in model.edits] == [TOWER[0], KING[0], PARIS[0]][:left]
+    assert torch.equal(logits(model), seen[left])
+    assert not torch.equal(seen[1], seen[3])  # control
+    model.undo(left)
+    assert untouched(model)
 
 
 def test_memory_that_runs_out_is_told(model, monkeypatch):

@@ -268,8 +268,12 @@ class Model:
             raise UndoError(f"undo takes back at least one call of edit, got n={n}")
         if self._editor is None or n > left:
             raise UndoError(f"cannot take back {n} calls of edit: {left} are in force")
-        gone = self._editor.undo(n)
-        self._put_in_force(self._editor, self._preset, self._decoded[:-n])
+        try:
+            gone = self._editor.undo(n)
+            self._follow(self._editor)
+        except BaseException:  # Ctrl-C included: what is listed and in force is what the editor holds
+            self._follow(self._editor)
+            raise
         return tuple(edit for request in gone for edit in request.edits)
 
     @contextlib.contextmanager
@@ -418,6 +422,10 @@ class Model:
         """Makes the edits that an editor holds those of this model."""
         self._editor, self._preset, self._decoded = editor, preset, decoded
         self._edited.follow(EditedModel(self._host.model) if editor is None else editor.edited)
+
+    def _follow(self, editor: Editor) -> None:
+        """Puts into force what an editor has left of the edits of this model."""
+        self._put_in_force(editor, self._preset, self._decoded[: len(editor.requests)])
 
     def _editor_for(self, method: str, preset: str, seed: int, settings: Mapping[str, Any]) -> Editor:
         """The editor in force if it is the one asked for, or a new one if there are no edits yet."""

@@ -221,6 +221,24 @@ def test_one_that_breaks_down_is_an_error_in_its_place(host, monkeypatch):
     assert len(editor.apply_apart(REQUESTS)) == 4  # control: nothing is left over to trip on
 
 
+def test_where_no_gate_opens_it_fails_apart_as_it_does_alone(host):
+    """Though an earlier edit's opens at the very same tokens."""
+    earlier = make(host, "baft", "default", gate_threshold=0.6)
+    earlier.apply(EARLIER)
+    editor = make(host, "baft", "default", gate_threshold=0.6, gate_sharpness=0.1)
+    editor.load_state_dict(earlier.state_dict(), [EARLIER])
+    prompt = EARLIER.edits[0].prompt
+    ids = Encoder.for_host(host).prompt(prompt)
+    assert max(max(one.weights) for one in editor.explain(ids, len(ids))) > 0
+    request = EditRequest((Edit(prompt, "Bob"),))
+    with pytest.raises(EditError, match="no gate opens at the edit") as alone:
+        editor.apply(request)
+    [outcome] = editor.apart([request]).outcomes
+    assert str(outcome) == str(alone.value)
+    [fine] = earlier.apart([request]).outcomes  # control
+    check_outcomes(fine, earlier.apply(request))
+
+
 @pytest.mark.parametrize("where", ["first step", "commit"])
 def test_when_it_breaks_off_nothing_has_changed(host, monkeypatch, where):
     editor = make(host, "baft", "default")

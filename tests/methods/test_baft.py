@@ -11,6 +11,7 @@ from baft.hosts.models import Host
 from baft.methods.baft import BaftEditor, ReftEditor
 from baft.methods.baft_config import DEFAULT, PAPER
 from baft.methods.training import TrainingResult
+from baft.nn.whitening import Whitening
 from baft.types import Edit, EditRequest
 from tiny import tiny_host, tiny_tokenizer
 
@@ -76,6 +77,30 @@ def test_unrelated_prompts_are_learned_from(host):
 
     assert largest(neighbor) < 0.5 < largest()
     assert largest("Bread and milk") > 0.5  # control
+
+
+def test_statistics_are_fitted_once_for_the_same_unrelated_prompts(host, monkeypatch):
+    """Of the host alone they are kept for good; of prompts that a request names, until others are named."""
+    fits, fit, counts = [], Whitening.fit, []
+    monkeypatch.setattr(Whitening, "fit", lambda *given, **named: fits.append(1) or fit(*given, **named))
+    spain, italy = ("The king of Spain was", "Who"), ("The king of Italy was",)
+    requests = [
+        EditRequest((Edit("The king of France was", f"A{n}"),), unrelated)
+        for n, unrelated in enumerate([(), spain, spain, (), italy, spain, ()])
+    ]
+    editor = own(host, max_steps=1)
+    for one in requests:
+        fits.clear()
+        editor.apply(one)
+        counts.append(len(fits))
+    whole = 3 * len(editor.sites)  # for last tokens, raw and in a chat, and for output tokens
+    assert counts == [whole, whole, 0, 0, whole, whole, 0]
+    kept = editor.state_dict()
+    for one in requests[2:4]:
+        fresh = own(host, max_steps=1)
+        fresh.apply(one)
+        made = {name: tensor for name, tensor in fresh.state_dict().items() if name.endswith((".U", ".c"))}
+        assert all(torch.equal(kept[name], tensor) for name, tensor in made.items())
 
 
 def test_gates_open_at_their_own_keys(host):

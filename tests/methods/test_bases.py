@@ -10,6 +10,7 @@ from baft.hosts.background import Background
 from baft.hosts.encoding import Encoder
 from baft.hosts.passes import FullPass, Predictions
 from baft.hosts.positions import PositionSpec
+from baft.hosts.suffix import SuffixPass
 from baft.methods.baft import BaftEditor
 from baft.methods.baft_config import DEFAULT, PAPER
 from baft.methods.bases import Frame, SharedBases
@@ -154,6 +155,33 @@ def test_the_load_is_kept_from_edit_to_edit(host, form):
     assert (
         float(editor.state_dict()["shared.layer1.load"].max()) <= 1
     )  # one edit's, as a reset forgets the others
+
+
+@pytest.mark.parametrize("kind", [FullPass, SuffixPass])
+def test_the_load_of_a_large_request_is_seen_a_few_texts_at_a_time(host, kind, monkeypatch):
+    encoder, sizes = Encoder.for_host(host), []
+    edits = (TOWER, KING, PARIS, Edit("A much longer prompt than these", "so it is"), Edit("Who", "of it"))
+    texts = [encoder.edit(one.prompt, one.target) for one in edits]
+    run = kind(host, encoder, PositionSpec(), texts, SITES)
+    call = kind.__call__
+
+    def watched(self, *given):
+        sizes.append(len(self.rows.unique()))
+        return call(self, *given)
+
+    monkeypatch.setattr(kind, "__call__", watched)
+
+    def loads(at_once):
+        bases = with_loads(shared(host, edits_at_once=at_once), [0.5] * RANK, [1.0] * RANK)
+        sizes.clear()
+        bases.commit(run, trained(tilt=[1.0, 0.0, -1.0, 2.0]))
+        return bases.state[0][1], list(sizes)
+
+    (few, in_pieces), (all_texts, at_once) = loads(2), loads(len(edits))
+    assert (in_pieces, at_once) == ([2, 2, 1], [5])
+    for site in SITES:
+        torch.testing.assert_close(few[site], all_texts[site], rtol=0, atol=1e-9)
+        assert float((few[site] - few[site].flip(-1)).abs().max()) > 0.1  # control: the gates differ
 
 
 def test_shared_gates_go_on_from_where_they_stood(host):

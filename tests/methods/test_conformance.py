@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from baft.errors import DamagedArtifactError, UndoError, UnknownNameError
+from baft.hosts.calls import Acting
 from baft.hosts.encoding import Encoder
 from baft.methods.baft import BaftEditor
 from baft.methods.base import Capability, Editor, methods
@@ -435,6 +436,39 @@ def test_an_edit_that_breaks_off_changes_nothing(story, where, monkeypatch):
     assert n_hooks(editor.host.model) == 0
     editor.apply(story.requests[2])  # nothing is left over that a second attempt would trip on
     assert torch.equal(logits(editor), story.logits[3])
+
+
+@pytest.mark.parametrize("what", ["undo", "undo all", "reset", "load"])
+def test_what_breaks_off_before_it_is_in_force_changes_nothing(story, what, monkeypatch):
+    """Ctrl-C at the last moment: the requests and their tensors have been replaced, what acts has not."""
+    editor, left = again(story, 2), {"undo": 1, "undo all": 0, "reset": 0, "load": 3}[what]
+
+    def run():
+        if what == "reset":
+            editor.reset()
+        elif what == "load":
+            editor.load_state_dict(story.states[2], story.requests)
+        else:
+            editor.undo(2 - left)
+
+    broken = iter([True])
+
+    def put(*given):
+        if next(broken, False):
+            raise KeyboardInterrupt
+        return Acting(*given)
+
+    monkeypatch.setattr("baft.hosts.edited_model.Acting", put)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert editor.requests == story.requests[:2]
+    assert torch.equal(logits(editor), story.logits[2])
+    state, want = editor.state_dict(), again(story, 2).state_dict()
+    assert state.keys() == want.keys()
+    assert all(torch.equal(state[name], want[name]) for name in state)
+    run()  # control: a second attempt does it
+    assert editor.requests == story.requests[:left]
+    assert torch.equal(logits(editor), story.logits[left])
 
 
 @pytest.mark.parametrize("story", GATED, indirect=True, ids="/".join)

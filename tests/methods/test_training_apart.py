@@ -60,6 +60,14 @@ def blocks_of(n, gate="open", rank=RANK):
         "logistic": lambda: LogisticGate(
             normal(n, RANK, D, seed=3), 3.0 + normal(n, RANK, seed=4), threshold=0.1
         ),
+        "all shut": lambda: LogisticGate(
+            normal(n, RANK, D, seed=3), torch.full((n, RANK), -100.0).double(), threshold=0.1
+        ),
+        "one shut": lambda: LogisticGate(
+            normal(n, RANK, D, seed=3),
+            torch.full((n, RANK), 3.0).double().index_fill(0, torch.tensor([1]), -100.0),
+            threshold=0.1,
+        ),
         "conditioned": lambda: ConditionedGate(
             n, RANK, mean=normal(D, seed=5), scale=0.5 + normal(D, seed=6).abs()
         ),
@@ -222,33 +230,41 @@ def test_one_that_breaks_down_leaves_the_others_unharmed(how, message):
         train(Rows(bend=spoiled(how, 3, 3)), {SITE: blocks_of(N_EDITS)}, {}, CONFIG)
 
 
-@pytest.mark.parametrize("after", [0, 3])
-def test_one_at_which_no_gate_opens_says_so_and_the_others_go_on(after):
-    """From the start, or from some step on; and so it does when it is the last that is left."""
-
-    def bend(logits, rows):
-        calls.append(1)
-        return (
-            torch.where((rows // 2 == 1).unsqueeze(-1), logits.detach(), logits)
-            if len(calls) > after
-            else logits
-        )
-
-    calls = []
-    got, whole, _ = in_one_batch(CONFIG, "open", bend=bend)
-    healthy, parts, _ = in_one_batch(CONFIG, "open")
+@pytest.mark.parametrize("beside", [False, True])
+def test_one_at_which_no_gate_opens_says_so_and_the_others_go_on(beside):
+    """As it does alone, whatever else is open there."""
+    others = others_of() if beside else {}
+    want, parts = one_by_one(CONFIG, "one shut", others=others)
+    got, whole, run = in_one_batch(CONFIG, "one shut", others=others)
     assert isinstance(got[1], EditError)
     assert "no gate opens at the edit, so there is nothing to train: lower gate_threshold" in str(got[1])
+    assert isinstance(want[1], EditError)
+    assert str(want[1]) == str(got[1])
     for i in (0, 2, 3, 4):
-        check_the_same(got[i], healthy[i])
-        check_block(whole, i, parts.select(torch.tensor([i])))
-    calls.clear()
-    alone = Rows(1, bend=lambda logits, rows: logits.detach())
-    (only,), _ = train_apart(alone, {SITE: blocks_of(1)}, {}, CONFIG, alone.edits)
+        check_the_same(got[i], want[i])
+        check_block(whole, i, parts[i])
+    assert run.sizes[:2] == [2 * N_EDITS, 2 * (N_EDITS - 1)]
+    shut = blocks_of(N_EDITS, "one shut").select(torch.tensor([1]))
+    alone = Rows().select(torch.tensor([2, 3]))
+    (only,), _ = train_apart(alone, {SITE: shut}, others, CONFIG, torch.tensor([0, 0]))
     assert str(only) == str(got[1])
-    with pytest.raises(EditError, match="no gate opens"):
-        train(alone, {SITE: blocks_of(1)}, {}, CONFIG)
+    healthy, _, _ = in_one_batch(CONFIG, "logistic", others=others)
     assert isinstance(healthy[1], TrainingResult)  # control
+
+
+def test_a_gradient_of_exactly_zero_is_no_shut_gate():
+    """Rounding may leave none of a small loss: the edit stays as it is, in a stack as alone."""
+
+    def bend(logits, rows):
+        return torch.where((rows // 2 == 1).unsqueeze(-1), logits.detach(), logits)
+
+    want, parts = one_by_one(CONFIG, "logistic", bend=bend)
+    got, whole, _ = in_one_batch(CONFIG, "logistic", bend=bend)
+    for i in range(N_EDITS):
+        check_the_same(got[i], want[i])
+        check_block(whole, i, parts[i])
+    assert (got[1].stopped, got[1].losses[0]) == ("max_steps", pytest.approx(got[1].losses[-1], rel=1e-12))
+    assert got[0].stopped == "margin"  # control
 
 
 def test_steps_beyond_all_numbers_break_every_one():
@@ -352,9 +368,10 @@ def test_it_stops_only_if_all_hold_under_the_final_bases():
 def test_mini_batches_that_break_down_say_so():
     with pytest.raises(EditError, match=r"broke down at step 1 with loss nan"):
         batched(replace(CONFIG, edits_at_once=2), Rows(bend=spoiled("loss", 4, 4)))
-    shut = Rows(bend=lambda logits, rows: logits.detach())
-    with pytest.raises(EditError, match="no gate opens"):
-        batched(replace(CONFIG, edits_at_once=2), shut)
+    run, config = Rows(), replace(CONFIG, edits_at_once=1, max_steps=3)
+    for others in ({}, others_of()):
+        with pytest.raises(EditError, match="no gate opens"):
+            train_in_batches(run, {SITE: blocks_of(N_EDITS, "all shut")}, others, config, run.edits)
     batched(replace(CONFIG, edits_at_once=2, max_steps=3))  # control
 
 

@@ -48,9 +48,11 @@ class Slot(IntEnum):
     UNRELATED = 3  # one of a prompt that the user named, wherever in it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Background:
     """States of the unedited host at the sites of an edit.
+
+    Equal to itself alone, so that what is made of it can be kept for as long as it is.
 
     Args:
         states: By site, `[state, d_model]`, in the precision of interventions.

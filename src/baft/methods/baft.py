@@ -77,6 +77,7 @@ class BaftEditor(StackedEditor):
         self._edited = EditedModel(host.model, {}, PositionSpec(config.last_prompt, config.outputs))
         self._frame = Frame(host, config, self.sites, architecture.d_model, seed)
         self._bases = self._no_bases()
+        self._named: tuple[tuple[str, ...], Background] | None = None  # the last unrelated prompts
 
     @property
     def edited(self) -> EditedModel:
@@ -208,12 +209,13 @@ class BaftEditor(StackedEditor):
     @contextlib.contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """Sets everything back if what is inside breaks off, such as by Ctrl-C between two lines."""
-        kept, requests = self._bases.state, self.requests
+        bases, kept, requests = self._bases, self._bases.state, self.requests
         try:
             yield
         except BaseException:
-            self._bases.state, self.requests = kept, requests
-            self._edited.interventions = self._bases.in_force()
+            bases.state = kept
+            self._bases, self.requests = bases, requests
+            self._edited.interventions = bases.in_force()
             raise
 
     def undo(self, n: int = 1) -> tuple[EditRequest, ...]:
@@ -222,16 +224,18 @@ class BaftEditor(StackedEditor):
         if n == len(self.requests):
             self.reset()
             return gone
-        self._bases.undo(n)
-        self.requests = self.requests[:-n]
-        self._edited.interventions = self._bases.in_force()
+        with self._all_or_nothing():
+            self._bases.undo(n)
+            self.requests = self.requests[:-n]
+            self._edited.interventions = self._bases.in_force()
         return gone
 
     def reset(self) -> None:
         """Forgets every edit."""
-        self._bases.clear()
-        self.requests = ()
-        self._edited.interventions = {}
+        with self._all_or_nothing():
+            self._bases.clear()
+            self.requests = ()
+            self._edited.interventions = {}
 
     def explain(self, ids: Sequence[int], n_prompt_tokens: int) -> tuple[GateReading, ...]:
         """The gates at every edited token of a sequence, by layer, edit and token."""
@@ -270,8 +274,9 @@ class BaftEditor(StackedEditor):
         bases.load(left, requests)
         if left:
             raise DamagedArtifactError(f"tensor {min(left)!r} belongs to no edit of this set")
-        self._bases, self.requests = bases, tuple(requests)
-        self._edited.interventions = bases.in_force()
+        with self._all_or_nothing():
+            self._bases, self.requests = bases, tuple(requests)
+            self._edited.interventions = bases.in_force()
 
     def _no_bases(self) -> Bases:
         return OwnBases(self._frame) if self.config.bases == "own" else SharedBases(self._frame)
@@ -293,8 +298,11 @@ class BaftEditor(StackedEditor):
             return None
         if not unrelated:
             return self._background
-        more = prompt_states(self.host, self.encoder, self.sites, unrelated)
-        return self._background.with_prompts(more)
+        prompts = tuple(unrelated)
+        if self._named is None or self._named[0] != prompts:
+            more = prompt_states(self.host, self.encoder, self.sites, prompts)
+            self._named = (prompts, self._background.with_prompts(more))
+        return self._named[1]
 
     @cached_property
     def _background(self) -> Background:

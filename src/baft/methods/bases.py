@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, final
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -23,7 +24,7 @@ from baft.hosts.passes import Pass, Predictions, TargetPass
 from baft.methods.baft_config import BaftConfig
 from baft.methods.closed_form import ClosedFormGates, edit_keys
 from baft.methods.optimizer import Layers
-from baft.methods.training import Penalty
+from baft.methods.training import Penalty, pieces
 from baft.nn.gates import ConditionedGate, Gate, LogisticGate, OpenGate
 from baft.nn.interventions import SubspaceIntervention, concatenate
 from baft.nn.losses import accumulate_load, load_balance, locality
@@ -185,7 +186,7 @@ class OwnBases(Bases):
     def __init__(self, frame: Frame):
         super().__init__(frame)
         self._by_request: list[Layers] = []  # blocks in the order of the request's edits
-        self._fitted: tuple[Background, Mapping[Site, ClosedFormGates]] | None = None
+        self._fitted: WeakKeyDictionary[Background, Mapping[Site, ClosedFormGates]] = WeakKeyDictionary()
         self._fused: Mapping[Site, Parts] = {}
 
     @property
@@ -277,15 +278,14 @@ class OwnBases(Bases):
         self._by_request, self._fused = by_request, fused  # at once: what breaks off above changes nothing
 
     def _gates(self, negatives: Background) -> Mapping[Site, ClosedFormGates]:
-        """What makes the gates; kept while the background is the same, for its statistics take a while."""
-        if self._fitted is None or self._fitted[0] is not negatives:
+        """What makes the gates; kept for as long as the background is, for its statistics take a while."""
+        if negatives not in self._fitted:
             frame = self.frame
-            made = {
+            self._fitted[negatives] = {
                 site: ClosedFormGates(frame.config, negatives, site, frame.device(site))
                 for site in frame.sites
             }
-            self._fitted = (negatives, made)
-        return self._fitted[1]
+        return self._fitted[negatives]
 
     def _joined(self, several: Sequence[Layers]) -> Layers:
         return {site: concatenate([layers[site] for layers in several]) for site in self.frame.sites}
@@ -374,13 +374,23 @@ class SharedBases(Bases):
         layers = {site: part.frozen() for site, part in trained.items()}
         loads: dict[Site, Tensor] = {}
         if self.frame.config.gate == "logistic":
-            seen = run({site: (part,) for site, part in layers.items()})
             past = {} if self._now is None else self._now[1]
-            for site, part in layers.items():
-                now = _mean_weights(part, site, seen)
+            for site, now in self._used(run, layers).items():
                 before = past.get(site, torch.zeros_like(now))
                 loads[site] = accumulate_load(before, now, self.frame.config.balance_form)
         self._before, self._now = [*self._before, self._now], (layers, loads)
+
+    def _used(self, run: TargetPass, layers: Layers) -> Loads:
+        """The mean weights of trained blocks over all texts, no more of them at once than in a step."""
+        texts = torch.arange(int(run.rows.max()) + 1, device=run.rows.device)
+        found: dict[Site, Tensor] = {}
+        for here in pieces(run, texts, self.frame.config.edits_at_once):
+            seen = here({site: (part,) for site, part in layers.items()})
+            share = (int(here.rows.max()) + 1) / len(texts)
+            for site, part in layers.items():
+                mean = share * _mean_weights(part, site, seen)
+                found[site] = found[site] + mean if site in found else mean
+        return found
 
     def commit_apart(self, trained: Layers) -> None:
         """Never: what was trained apart on one shared block cannot be put together."""

@@ -63,7 +63,9 @@ class TrainingConfig(DescentConfig):
     Args:
         gate_learning_rate: Of the gates, where they are trained.
         edits_at_once: Most edits in a step: a larger request is trained in mini-batches, more edits that are
-            each trained by themselves in several stacks.
+            each trained by themselves in several stacks. What is held beside a step still grows with a
+            request: of every text, until training ends, the keys and values of its prompt in the blocks
+            above the first edited one, and the states of its edited tokens.
 
     Raises:
         ConfigError: If a number is out of range.

@@ -124,8 +124,9 @@ class StatefulEditor(Editor):
 
     def reset(self) -> None:
         """Forgets every edit."""
-        self._state, self._before, self.requests = {}, (), ()
-        self._put()
+        with self._all_or_nothing():
+            self._state, self._before, self.requests = {}, (), ()
+            self._put()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The table in force, and those that undo can go back to."""

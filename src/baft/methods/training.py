@@ -5,12 +5,12 @@ interventions it is training; how that pass runs (over the whole model, or a cac
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from baft.errors import EditError
@@ -70,7 +70,7 @@ def train(
         on_step: Called after every step with its number, the most there can be, and the loss.
 
     Raises:
-        EditError: If the loss is not finite, or the bases cannot be made orthonormal again.
+        EditError: If no gate opens, the loss is not finite, or the bases cannot be made orthonormal again.
     """
     parts = {site: (*others.get(site, ()), part) for site, part in trained.items()}
     optimizer = Optimizer(trained, config)
@@ -87,7 +87,8 @@ def train(
         stopped = met_stop_rule(config, step, cross_entropy.item(), margins.min().item())
         if stopped is not None:
             return TrainingResult(tuple(margins.tolist()), tuple(losses), step, stopped)
-        _check_trainable(loss)
+        if step == 0 and not _opening(trained, predictions).any():
+            raise EditError(_SHUT)
         optimizer.step(optimizer.gradients(loss), step)
         if on_step is not None:
             on_step(step + 1, config.max_steps, losses[-1])
@@ -133,6 +134,7 @@ def train_apart(
             cross_entropy = left.mean_over_rows(of_rows)
             loss = _penalized(cross_entropy, penalty, step, predictions, left.trained, left.blocks)
         margins = row_margins(predictions.logits.detach(), left.run)
+        is_open = _opening(left.trained, predictions, left.blocks).tolist() if step == 0 else []
         done = []
         for i, (name, now, plain) in enumerate(
             zip(left.names.tolist(), loss.tolist(), cross_entropy.tolist(), strict=True)
@@ -144,12 +146,9 @@ def train_apart(
                 results[name] = broke_down(config, step, now)
             elif stopped is not None:
                 results[name] = TrainingResult(tuple(mine.tolist()), tuple(losses[name]), step, stopped)
+            elif step == 0 and not is_open[i]:
+                results[name] = EditError(_SHUT)
             if name in results:
-                done.append(i)
-        gradients = optimizer.gradients(loss[left.all_but(done)].sum()) if len(done) < len(left.names) else []
-        for i in _unreached(gradients, loss):
-            if i not in done:
-                results[int(left.names[i])] = EditError(_SHUT)
                 done.append(i)
         for i in done:
             layers = {site: part.select(_index(i, part)) for site, part in left.trained.items()}
@@ -157,6 +156,7 @@ def train_apart(
         if len(done) == len(left.names):
             break
         staying = left.all_but(done)
+        gradients = optimizer.gradients(loss[staying].sum())
         if done:
             left = left.only(staying)
             gradients = [gradient[staying.to(gradient.device)] for gradient in gradients]
@@ -192,7 +192,7 @@ def train_in_batches(
         on_step: Called after every round with its number, the most there can be, and its mean loss.
 
     Raises:
-        EditError: If the loss is not finite, or the bases cannot be made orthonormal again.
+        EditError: If no gate opens, the loss is not finite, or the bases cannot be made orthonormal again.
     """
     parts = {site: (*others.get(site, ()), part) for site, part in trained.items()}
     optimizer = Optimizer(trained, config)
@@ -211,7 +211,8 @@ def train_in_batches(
                 raise broke_down(config, epoch, loss.item())
             margin = row_margins(predictions.logits.detach(), part_of_run).min().item()
             met = met and met_stop_rule(config, 0, of_rows.mean().item(), margin) is not None
-            _check_trainable(loss)
+            if epoch == 0 and not _opening(trained, predictions).any():
+                raise EditError(_SHUT)
             optimizer.step(optimizer.gradients(loss), epoch)
             total, n_steps = total + loss.item() * len(chunk) / n_edits, n_steps + 1
         losses.append(total)
@@ -243,14 +244,25 @@ def outcome_of(
     )
 
 
+def pieces(run: TargetPass, edits: Int[Tensor, " row"], most: int) -> Iterator[TargetPass]:
+    """The pass over the texts of a few edits at a time, in order.
+
+    Args:
+        run: Shows the predictions of all.
+        edits: Which edit each text belongs to, `[row]`, in rising order.
+        most: Edits in a piece.
+    """
+    for chunk in torch.arange(int(edits.max()) + 1, device=edits.device).split(most):
+        yield run.select(torch.isin(edits, chunk).nonzero()[:, 0])
+
+
 @torch.no_grad()
 def _look_again(
     run: TargetPass, parts: Mapping[Site, Parts], edits: Int[Tensor, " row"], config: TrainingConfig
 ) -> tuple[Float[Tensor, " row"], float]:
     """The margins of all texts, and their mean cross-entropy."""
     margins, cross_entropy = [], []
-    for chunk in torch.arange(int(edits.max()) + 1, device=edits.device).split(config.edits_at_once):
-        here = run.select(torch.isin(edits, chunk).nonzero()[:, 0])
+    for here in pieces(run, edits, config.edits_at_once):
         logits = here(parts).logits
         margins.append(row_margins(logits, here))
         cross_entropy.append(row_cross_entropy(logits, here.targets, here.rows))
@@ -315,17 +327,26 @@ _SHUT = (
 )
 
 
-def _check_trainable(loss: Float[Tensor, ""]) -> None:
-    if not loss.requires_grad:
-        raise EditError(_SHUT)
+@torch.no_grad()
+def _opening(
+    trained: Layers, seen: Predictions, blocks: Int[Tensor, " row"] | None = None
+) -> Bool[Tensor, " block"]:
+    """Which blocks have a gate that opens at an edited token of their own texts, or of all without `blocks`.
 
-
-def _unreached(gradients: Sequence[Tensor], loss: Float[Tensor, " block"]) -> list[int]:
-    """The blocks that could fall in loss, and on which nothing of it depends."""
-    if not gradients:
-        return []
-    moved = torch.stack([one.flatten(1).ne(0).any(-1).to(loss.device) for one in gradients]).any(0)
-    return (~moved & (loss > 0)).nonzero()[:, 0].tolist()
+    It is asked at the first step, once and for all: gates that can be shut are not trained, and a block that
+    is shut at every site moves no state at which it might open later.
+    """
+    found = []
+    for site, part in trained.items():
+        states = seen.states[site].to(part.R.dtype)
+        if blocks is None:
+            is_open = (part.gate.soft(states) > part.gate.threshold).any(-1).any(0)
+        else:
+            of_states = blocks[seen.state_rows].to(states.device)
+            opens = (part.soft_each(states, of_states) > part.gate.threshold).any(-1)
+            is_open = opens.new_zeros(part.n_blocks).index_put((of_states[opens],), opens[opens])
+        found.append(is_open.to(seen.state_rows.device))
+    return torch.stack(found).any(0)
 
 
 def broke_down(config: DescentConfig, step: int, loss: float) -> EditError:
