@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import baft
+import memory
+from baft.hosts import background
 from baft.hosts.models import load_host
 from baft.methods.baft import BaftEditor
 from tiny import CHATML, tiny_host, tiny_tokenizer
@@ -157,8 +159,26 @@ def test_generate_speed(host_folder, data, tmp_path):
 @pytest.mark.slow
 def test_memory(host_folder, data, tmp_path):
     results = quick("memory", tmp_path, "--model", host_folder, "--data", data)
-    assert len(results) == 2
+    names = ["first edit ever, empty cache", "first edit", "second edit"]
+    assert list(results) == [f"{name}, short prompt" for name in names]
     assert all(found["resident_before"]["minimum"] > found["host_bytes"] for found in results.values())
+
+
+def test_an_edit_on_an_empty_cache_finds_nothing_of_an_earlier_one(host_folder, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("BAFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(background, "_WORTH_KEEPING_S", 0.0)
+    made, compute = [], background._compute
+
+    def counted(*given):
+        made.append(given)
+        return compute(*given)
+
+    monkeypatch.setattr(background, "_compute", counted)
+    options = ["--model", str(host_folder), "--data", str(data), "--threads", str(torch.get_num_threads())]
+    for contender, n_made in ((memory.FIRST, 1), (memory.FIRST, 1), (memory.EVER, 2), (memory.FIRST, 2)):
+        memory.main([*options, "--contender", contender])
+        assert len(made) == n_made, contender
+    assert len(list((tmp_path / "background").iterdir())) == 1
 
 
 @pytest.mark.slow
