@@ -4,14 +4,17 @@
 
 All contenders are alternated: in every round each takes its turn on the same edit, pyreft in a process of
 its own that waits while others work. Prompts are zsRE's, 10 to 20 tokens long, and the same behind
-ordinary text, 128 tokens. The memory bound of a step is the bytes of the weights above the first site,
-read twice (forward and backward), at the speed at which this machine reads a buffer far larger than its
-caches, measured in the same rounds. docs/performance.md says what each figure means.
+ordinary text, 128 tokens. The rows of an edit are the raw one alone, or all that the preset trains: with
+`default` a second row, longer, holds the prompt inside the chat template. The memory bound of a step is the
+bytes of the weights above the first site, read twice (forward and backward), at the speed at which this
+machine reads a buffer far larger than its caches, measured in the same rounds. docs/performance.md says what
+each figure means.
 """
 
 import argparse
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,7 @@ from workload import Workload, bytes_above, data_folder, padded_out, questions
 
 PRESETS = ("default", "paper")
 LENGTHS = ("short", "long")
+RAW, BOTH = "raw", "both"  # rows of an edit: raw alone, or the chat rendering beside it
 CHEAP, FULL, PYREFT, LORA = "our cheap pass", "our full pass", "pyreft", "LoRA"
 PLAIN_FAST, EDIT_FULL = "plain forward, our kernels", "whole edit, full pass"
 PLAIN, EDIT, LORA_FIXED, LORA_STOPPED = "plain forward", "whole edit", "LoRA, all steps", "LoRA, our stop"
@@ -50,7 +54,7 @@ SUM, PRODUCT = "read by a sum", "read by a product"
 
 @dataclass
 class Setting:
-    """One preset on prompts of one length, with all who are compared there."""
+    """One preset on prompts of one length and rows of one form, with all who are compared there."""
 
     work: Workload
     contenders: dict[str, Contender]
@@ -72,6 +76,7 @@ class Setting:
     def results(self, took: dict[str, list[float]]) -> dict[str, Any]:
         """Every figure of this setting."""
         first = self.work.sites[0]
+        rows = [self.work.row_tokens(number) for number in range(len(self.work.edits))]
         n_bytes = bytes_above(self.work.host.model, first)
         n_buffer = self.streaming.n_bytes
         speed = [n_buffer / min(pair) for pair in zip(took[SUM], took[PRODUCT], strict=True)]
@@ -86,8 +91,11 @@ class Setting:
         return {
             "layers": [site.layer for site in self.work.sites],
             "rank": self.work.config.rank,
-            "n_rows": len(self.work.texts(0)),
+            "n_rows": len(rows[0]),
             "prompt_tokens": [len(text.prompt_ids) for text in self.work.texts(0)],
+            "row_tokens": rows,
+            "width": summarize([max(one) for one in rows]),
+            "padded_tokens": summarize([len(one) * max(one) for one in rows]),
             "seconds": {name: summarize(values) for name, values in took.items()},
             "preparation_s": {name: summarize(one.preparation_s) for name, one in self.passes.items()},
             "bytes_above_first_site": n_bytes,
@@ -122,6 +130,16 @@ def prepare(args: argparse.Namespace, work: Workload, editor: BaftEditor, stream
     return Setting(work, contenders, passes, whole, lora, pyreft, streaming)
 
 
+def wanted(presets: Sequence[str], forms: Sequence[str]) -> list[tuple[str, str]]:
+    """Presets with the forms of their rows; a preset that trains raw rows alone has no other form."""
+    return [
+        (preset, form)
+        for preset in presets
+        for form in forms
+        if form == RAW or BaftEditor.preset(preset).chat
+    ]
+
+
 def measure(args: argparse.Namespace, sheet: Sheet) -> dict[str, Any]:
     """All settings, one after the other."""
     torch.set_num_threads(args.threads)
@@ -129,17 +147,19 @@ def measure(args: argparse.Namespace, sheet: Sheet) -> dict[str, Any]:
     host = load_host(args.model)
     streaming = Streaming((1 << 26) if args.quick else (1 << 30))
     rounds, results = n_rounds(args), {}
-    for preset in args.presets:
-        editor = BaftEditor(host, BaftEditor.preset(preset))
+    for preset, form in wanted(args.presets, args.renderings):
+        config = BaftEditor.preset(preset)
+        editor = BaftEditor(host, config if form == BOTH else replace(config, chat=False))
         edits = questions(data_folder(args.data), editor.encoder, rounds)
         for length in args.lengths:
             chosen = edits if length == "short" else [padded_out(edit, editor.encoder) for edit in edits]
             setting = prepare(args, Workload.of(editor, chosen), editor, streaming)
-            sheet.tell(f"{preset}, {length} prompts: every contender once, not counted")
+            name = f"{preset}/{form}/{length}"
+            sheet.tell(f"{name}: every contender once, not counted")
             alternate(setting.contenders, 1)
             setting.forget()
             took = alternate(setting.contenders, rounds, tell=sheet.tell)
-            results[f"{preset}/{length}"] = setting.results(took)
+            results[name] = setting.results(took)
             if setting.pyreft is not None:
                 setting.pyreft.close()
     return results
@@ -148,8 +168,11 @@ def measure(args: argparse.Namespace, sheet: Sheet) -> dict[str, Any]:
 def show(sheet: Sheet, results: dict[str, Any]) -> None:
     """Two tables a setting."""
     for name, found in results.items():
-        tokens = " and ".join(map(str, found["prompt_tokens"]))
-        where = f"{name}: layers {found['layers']}, rank {found['rank']}, prompts of e.g. {tokens} tokens"
+        n_rows, width = found["n_rows"], found["width"]
+        where = (
+            f"{name}: layers {found['layers']}, rank {found['rank']}, rows an edit: {n_rows}, "
+            f"{width.minimum:.0f} to {width.maximum:.0f} tokens wide"
+        )
         rows = [(who, seconds(spread)) for who, spread in found["seconds"].items()]
         rows.append(("memory bound of a step", seconds(found["bound_s"])))
         sheet.table(where, ("one turn of", "median (quartiles)"), rows)
@@ -159,6 +182,7 @@ def show(sheet: Sheet, results: dict[str, Any]) -> None:
         sheet.say(
             f"{found['bytes_above_first_site'] / 1e6:.0f} MB of weights above the first site, "
             f"memory read at {speed.median / 1e9:.1f} GB/s; "
+            f"with padding {found['padded_tokens'].median:.0f} tokens an edit; "
             f"a whole edit took {edit['n_steps'].median:.0f} steps, {edit['decoded']:.0%} decoded\n"
         )
 
@@ -173,6 +197,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     made.add_argument("--data", type=Path, help="folder of the benchmark files (default: $BAFT_DATA)")
     made.add_argument("--presets", nargs="+", choices=PRESETS, help="default: both, --quick: default alone")
     made.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
+    made.add_argument("--renderings", nargs="+", choices=(RAW, BOTH), default=[RAW, BOTH])
     made.add_argument("--without", nargs="+", choices=("pyreft", "lora"), default=[], help="leave out")
     made.add_argument("--remove-pyreft", action="store_true", help="remove pyreft's environment, and end")
     args = made.parse_args(argv)

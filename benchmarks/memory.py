@@ -6,18 +6,23 @@ Every measurement is a process of its own, since what one contender leaves behin
 It loads the host, runs it once over the edit's prompt and target, gives freed memory back to the system,
 and notes the resident memory: the host's own. Then the peak is reset, one edit is made, and the peak is
 read (`baft.evals.cost`). Whatever the edit loads or caches on the way
-counts as the edit's: the first edit of a process includes the background's statistics, the second does
-not.
+counts as the edit's: the first edit of a process includes reading the background's states and their
+statistics, the second does not; the first edit ever of a host also computes those states and writes them to
+a cache that is empty then.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -29,8 +34,9 @@ from contenders import PassSteps, PlainForward, WholeEdit
 from harness import Sheet, document, n_rounds, parser, ratios, summarize, write
 from workload import Workload, data_folder, host_bytes, padded_out, questions
 
-FIRST, SECOND, FULL, LORA = "first edit", "second edit", "four steps of our full pass", "LoRA, four steps"
-CONTENDERS = (FIRST, SECOND, FULL, LORA)
+EVER, FIRST, SECOND = "first edit ever, empty cache", "first edit", "second edit"
+FULL, LORA = "four steps of our full pass", "LoRA, four steps"
+CONTENDERS = (EVER, FIRST, SECOND, FULL, LORA)
 MB = 1e6
 
 
@@ -53,13 +59,22 @@ def one_process(args: argparse.Namespace) -> dict[str, Any]:
         from contenders import Lora  # a second copy of the host: it is there before anything is counted
 
         run = Lora(work).step
-    return {**asdict(peak_above(lambda: run(1))), "host_bytes": host_bytes(work.host.model)}
+    with empty_cache() if args.contender == EVER else contextlib.nullcontext():
+        found = peak_above(lambda: run(1))
+    return {**asdict(found), "host_bytes": host_bytes(work.host.model)}
+
+
+@contextlib.contextmanager
+def empty_cache() -> Iterator[None]:
+    """Lets this process find nothing that was kept; an embedded host must have been loaded before."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, BAFT_CACHE=folder):
+        yield
 
 
 def measure(args: argparse.Namespace, sheet: Sheet) -> dict[str, Any]:
     """Every contender on short and long prompts, some processes each."""
     results: dict[str, Any] = {}
-    contenders = CONTENDERS[:2] if args.quick else CONTENDERS
+    contenders = CONTENDERS[:3] if args.quick else CONTENDERS
     for long in (False,) if args.quick else (False, True):
         for contender in contenders:
             found = []

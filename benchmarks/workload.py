@@ -107,6 +107,10 @@ class Workload:
         config = self.config
         return renderings(self.encoder, [self.edit(number)], chat=config.chat, eos=config.train_eos)
 
+    def row_tokens(self, number: int) -> list[int]:
+        """How many tokens, prompt and target, each row of a round has; all are padded to the longest."""
+        return [len(text.prompt_ids) + len(text.target_ids) for text in self.texts(number)]
+
     def plain_row(self, number: int) -> Tensor:
         """The edit's own prompt and target as the host reads them, raw, `[1, pos]`."""
         text = self.texts(number)[0]

@@ -63,10 +63,10 @@ def main() -> None:
     chats = [encoder.chat([{"role": "user", "content": text}]) for text in others]
     elsewhere = {
         "running text": _collect(
-            host, encoder, sites, [encoder.prompt(p)[:100] for p in paragraphs], Slot.TEXT
+            host, encoder, sites, {Slot.TEXT: [encoder.prompt(p)[:100] for p in paragraphs]}
         ),
-        "other prompts": _collect(host, encoder, sites, [encoder.prompt(p) for p in others], Slot.LAST_RAW),
-        "other chats": _collect(host, encoder, sites, chats, Slot.LAST_CHAT),
+        "other prompts": _collect(host, encoder, sites, {Slot.LAST_RAW: [encoder.prompt(p) for p in others]}),
+        "other chats": _collect(host, encoder, sites, {Slot.LAST_CHAT: chats}),
     }
     edits = []
     for prompt, target, rephrasings in load_cases(data):

@@ -4,14 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import baft
+import edit_speed
+import memory
+from baft.hosts import background
 from baft.hosts.models import load_host
 from baft.methods.baft import BaftEditor
+from contenders import rows_of
 from tiny import CHATML, tiny_host, tiny_tokenizer
 from workload import Workload, bytes_above, padded_out, questions
 
@@ -90,6 +95,30 @@ def test_a_workload_trains_what_the_editor_trains(editor, data):
     assert work.plain_row(0).tolist() == [list(raw.prompt_ids + raw.target_ids)]
 
 
+def test_a_raw_workload_has_the_rows_that_the_bars_speak_of(editor, data):
+    """One row as wide as the prompt and its target; in both renderings two, as wide as the template's."""
+    edits = questions(data, editor.encoder, 2)
+    raw = BaftEditor(editor.host, replace(editor.config, chat=False))
+    both, alone = Workload.of(editor, edits), Workload.of(raw, edits)
+    for number in range(2):
+        [text] = alone.texts(number)
+        assert text == both.texts(number)[0]
+        assert alone.row_tokens(number) == [len(text.prompt_ids) + len(text.target_ids)]
+        assert alone.plain_row(number).tolist() == both.plain_row(number).tolist()
+        [width], wide = alone.row_tokens(number), max(both.row_tokens(number))
+        assert rows_of(alone.texts(number), editor.encoder.pad_id)[0].shape == (1, width)
+        assert rows_of(both.texts(number), editor.encoder.pad_id)[0].shape == (2, wide)
+        assert wide > width + 10  # control: the template costs what it costs
+
+
+def test_a_preset_that_trains_raw_rows_alone_is_measured_once():
+    assert edit_speed.wanted(["default", "paper"], ["raw", "both"]) == [
+        ("default", "raw"),
+        ("default", "both"),
+        ("paper", "raw"),
+    ]
+
+
 def test_the_bytes_above_a_site_are_those_of_its_later_blocks_the_norm_and_the_head(editor):
     model = editor.host.model
     block = sum(p.numel() for p in model.model.layers[2].parameters())
@@ -122,11 +151,15 @@ def quick(script, tmp_path, *options):
 @pytest.mark.slow
 def test_edit_speed(host_folder, data, tmp_path):
     results = quick("edit_speed", tmp_path, "--model", host_folder, "--data", data, "--without", "pyreft")
-    assert set(results) == {"default/short", "default/long"}
+    forms = ("raw/short", "raw/long", "both/short", "both/long")
+    assert list(results) == [f"default/{form}" for form in forms]
     for name, found in results.items():
         assert {"our cheap pass", "our full pass", "LoRA", "plain forward"} <= set(found["seconds"])
         assert all(spread["n"] == 2 and spread["minimum"] > 0 for spread in found["seconds"].values())
         assert (found["prompt_tokens"][0] == 128) is name.endswith("long")
+        assert found["n_rows"] == (1 if "/raw/" in name else 2)
+        assert all(len(row) == found["n_rows"] for row in found["row_tokens"])
+        assert found["width"]["maximum"] == max(max(row) for row in found["row_tokens"])
         assert found["ratios"]["our cheap pass / memory bound"]["median"] > 0
         assert found["edits"]["whole edit"]["decoded"] == found["edits"]["whole edit, full pass"]["decoded"]
 
@@ -157,8 +190,26 @@ def test_generate_speed(host_folder, data, tmp_path):
 @pytest.mark.slow
 def test_memory(host_folder, data, tmp_path):
     results = quick("memory", tmp_path, "--model", host_folder, "--data", data)
-    assert len(results) == 2
+    names = ["first edit ever, empty cache", "first edit", "second edit"]
+    assert list(results) == [f"{name}, short prompt" for name in names]
     assert all(found["resident_before"]["minimum"] > found["host_bytes"] for found in results.values())
+
+
+def test_an_edit_on_an_empty_cache_finds_nothing_of_an_earlier_one(host_folder, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("BAFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(background, "_WORTH_KEEPING_S", 0.0)
+    made, compute = [], background._compute
+
+    def counted(*given):
+        made.append(given)
+        return compute(*given)
+
+    monkeypatch.setattr(background, "_compute", counted)
+    options = ["--model", str(host_folder), "--data", str(data), "--threads", str(torch.get_num_threads())]
+    for contender, n_made in ((memory.FIRST, 1), (memory.FIRST, 1), (memory.EVER, 2), (memory.FIRST, 2)):
+        memory.main([*options, "--contender", contender])
+        assert len(made) == n_made, contender
+    assert len(list((tmp_path / "background").iterdir())) == 1
 
 
 @pytest.mark.slow

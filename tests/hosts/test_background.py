@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from baft.errors import InputError, UnsupportedHostError
+from baft.evals.cost import peak_above
 from baft.hosts import background as module
 from baft.hosts.architecture import Site
-from baft.hosts.background import Slot, background, background_text, fitting, prompt_states
+from baft.hosts.background import Background, Slot, background, background_text, fitting, prompt_states
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from tiny import CHATML, D_MODEL, states_at, tiny_host, tiny_tokenizer
@@ -149,6 +150,52 @@ def test_nothing_is_kept_or_read_while_a_hook_may_change_the_host(host, encoder,
     assert same(changed(), other)
     assert not same(made, other)
     assert same(background(host, encoder, SITES), made)
+
+
+def test_states_of_many_batches_are_those_of_each_one_bit_for_bit(host, encoder, monkeypatch):
+    monkeypatch.setattr(module, "_ROWS", 2)
+    texts = {
+        Slot.TEXT: [encoder.prompt("A river runs far."[:length]) for length in (9, 3, 17, 6, 12)],
+        Slot.LAST_RAW: [encoder.prompt("The capital of it"[:length]) for length in (1, 17, 4)],
+    }
+    found = module._collect(host, encoder, SITES, texts)
+    pieces = []
+    for slot, rows in texts.items():
+        ordered = sorted(rows, key=len)
+        pieces += [
+            module._seen(host, encoder, SITES, ordered[i : i + 2], slot) for i in range(0, len(rows), 2)
+        ]
+    assert len(pieces) == 5
+    assert torch.equal(found.slots, torch.cat([piece.slots for piece in pieces]))
+    for site in SITES:
+        assert torch.equal(found.states[site], torch.cat([piece.states[site] for piece in pieces]))
+    n_short = 1 + 3 + 3  # the shortest prompt has one token beside BOS
+    assert len(found.slots) == 9 + 3 + 17 + 6 + 12 + n_short
+    backwards = torch.cat([piece.states[SITES[0]] for piece in reversed(pieces)])
+    assert not torch.equal(found.states[SITES[0]], backwards)  # control
+
+
+def test_states_are_held_once_while_they_are_collected(host, encoder, monkeypatch):
+    """The host is left out: what it takes on the way is its own."""
+    length, n_rows = 4001, 20 * module._ROWS
+    n_bytes = n_rows * (length - 1) * D_MODEL * 8
+
+    def seen(host, encoder, sites, rows, slot):
+        n = len(rows) * (length - 1)
+        return Background({site: torch.ones(n, D_MODEL) for site in sites}, torch.zeros(n, dtype=torch.long))
+
+    monkeypatch.setattr(module, "_seen", seen)
+    texts = {Slot.TEXT: [(1,) * length] * n_rows}
+    peak = peak_above(lambda: module._collect(host, encoder, SITES[:1], texts)).above
+    assert n_bytes < peak < 1.5 * n_bytes
+    batches = [texts[Slot.TEXT][: module._ROWS]] * 20
+
+    def at_the_end():
+        return torch.cat(
+            [seen(host, encoder, SITES[:1], some, 0).states[SITES[0]].double() for some in batches]
+        )
+
+    assert peak_above(at_the_end).above > 1.9 * n_bytes  # control
 
 
 def test_the_cache_changes_nothing(host, encoder, small, cache, monkeypatch):

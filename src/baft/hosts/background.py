@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from baft.errors import InputError, UnsupportedHostError
-from baft.hosts.architecture import Site, input_device, intervention_dtype, site_device
+from baft.hosts.architecture import Site, find_architecture, input_device, intervention_dtype, site_device
 from baft.hosts.calls import Recording
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder
@@ -34,7 +34,9 @@ from baft.hosts.positions import PositionSpec
 
 N_CHAT_PROMPTS = 150  # chat renderings are long; this many tell what the template's tokens look like
 _WORTH_KEEPING_S = 1.0
+_LAST = 3  # tokens of a prompt
 _ROWS = 32
+_PIECE = 1024  # states looked at at once
 _FORMAT = 2
 _KEPT_BYTES = 1 << 30  # of all hosts together
 
@@ -127,7 +129,7 @@ def prompt_states(host: Host, encoder: Encoder, sites: Sequence[Site], prompts: 
     rows = [encoder.prompt(text) for text in prompts]
     if encoder.has_chat:
         rows += [encoder.chat([{"role": "user", "content": text}]) for text in prompts]
-    found = _collect(host, encoder, sites, rows, Slot.LAST_RAW)
+    found = _collect(host, encoder, sites, {Slot.LAST_RAW: rows})
     return Background(found.states, torch.full_like(found.slots, int(Slot.UNRELATED)))
 
 
@@ -141,47 +143,64 @@ def _compute(host: Host, encoder: Encoder, sites: Sequence[Site]) -> Background:
         Slot.LAST_RAW: fitting(encoder.prompt, text["prompts"]),
         Slot.LAST_CHAT: fitting(as_chat, text["chat_prompts"]) if encoder.has_chat else [],
     }
-    parts = [_collect(host, encoder, sites, found, slot) for slot, found in rows.items() if found]
-    if not parts:
+    if not any(rows.values()):
         raise UnsupportedHostError(
             f"this host's context of {encoder.max_tokens} tokens is shorter than every background text that "
             "gates are set against: use shared bases with open gates (method reft)"
         )
-    return _join(parts)
-
-
-def _join(parts: Sequence[Background]) -> Background:
-    first, *others = parts
-    for other in others:
-        first = first.with_prompts(other)
-    return first
+    return _collect(host, encoder, sites, rows)
 
 
 @torch.no_grad()
 def _collect(
+    host: Host, encoder: Encoder, sites: Sequence[Site], texts: Mapping[Slot, Sequence[tuple[int, ...]]]
+) -> Background:
+    """States of texts: at all tokens but the first of running text, at the last three of prompts.
+
+    Memory for them is taken once: put together at the end they would be held twice. It is filled from its
+    end, since batches get wider: those to come then fit into what the widest has let go of.
+
+    Args:
+        host: The host.
+        encoder: Its encoder.
+        sites: Where states are taken.
+        texts: Tokens, by the slot of the last one.
+    """
+    ordered = {slot: sorted(rows, key=len) for slot, rows in texts.items()}
+    batches = [
+        (slot, rows[start : start + _ROWS])
+        for slot, rows in ordered.items()
+        for start in range(0, len(rows), _ROWS)
+    ]
+    most = sum(len(row) - 1 if slot is Slot.TEXT else _LAST for slot, rows in batches for row in rows)
+    model, dtype = host.model, intervention_dtype(host.model)
+    shape = (most, find_architecture(model).d_model)
+    states = {site: torch.empty(shape, dtype=dtype, device=site_device(model, site)) for site in sites}
+    slots = torch.empty(most, dtype=torch.long, device=input_device(model))
+    first = most
+    for slot, rows in reversed(batches):
+        found = _seen(host, encoder, sites, rows, slot)
+        first, end = first - len(found.slots), first
+        slots[first:end] = found.slots
+        for site in sites:
+            states[site][first:end] = found.states[site]
+    return Background({site: some[first:] for site, some in states.items()}, slots[first:])
+
+
+def _seen(
     host: Host, encoder: Encoder, sites: Sequence[Site], rows: Sequence[tuple[int, ...]], slot: Slot
 ) -> Background:
-    """States of rows: all tokens but the first of running text, the last three of prompts."""
-    rows = sorted(rows, key=len)
-    spec = PositionSpec(last_prompt=len(rows[-1]) if slot is Slot.TEXT else 3)
-    watched = EditedModel(host.model, dict.fromkeys(sites, ()), spec)
-    dtype = intervention_dtype(host.model)
-    states: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    slots: list[Tensor] = []
-    for start in range(0, len(rows), _ROWS):
-        chunk = rows[start : start + _ROWS]
-        seen = Recording()
-        show_prompts(watched, encoder, chunk, seen)
-        place = seen.masks[0].nonzero()
-        ends = place.new_tensor([len(row) for row in chunk])
-        is_first = place[:, 1] == 0
-        is_last = place[:, 1] == ends[place[:, 0]] - 1
-        keep = ~is_first if slot is Slot.TEXT else torch.ones_like(is_first)
-        here = torch.where(is_last, int(slot), int(Slot.TEXT))
-        slots.append(here[keep])
-        for site in sites:
-            states[site].append(seen.at(site)[keep.to(seen.at(site).device)].to(dtype))
-    return Background({site: torch.cat(found) for site, found in states.items()}, torch.cat(slots))
+    """The states of one batch."""
+    spec = PositionSpec(last_prompt=len(rows[-1]) if slot is Slot.TEXT else _LAST)
+    seen = Recording()
+    show_prompts(EditedModel(host.model, dict.fromkeys(sites, ()), spec), encoder, rows, seen)
+    place = seen.masks[0].nonzero()
+    ends = place.new_tensor([len(row) for row in rows])
+    is_first = place[:, 1] == 0
+    is_last = place[:, 1] == ends[place[:, 0]] - 1
+    keep = ~is_first if slot is Slot.TEXT else torch.ones_like(is_first)
+    slots = torch.where(is_last, int(slot), int(Slot.TEXT))[keep]
+    return Background({site: seen.at(site)[keep.to(seen.at(site).device)] for site in sites}, slots)
 
 
 def _cache_path(host: Host, encoder: Encoder, sites: Sequence[Site]) -> Path | None:
@@ -206,6 +225,6 @@ def _write(path: Path | None, made: Background) -> None:
 def _compact(states: Float[Tensor, "state d_model"]) -> Tensor:
     """The states in half the bytes where no bit is lost by it: those of a host in half precision."""
     for half in (torch.bfloat16, torch.float16):
-        if torch.equal(states.to(half).to(states.dtype), states):
+        if all(torch.equal(some.to(half).to(some.dtype), some) for some in states.split(_PIECE)):
             return states.to("cpu", half).contiguous()
     return states.cpu().contiguous()

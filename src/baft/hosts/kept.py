@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from baft.hosts.identity import identify
 from baft.hosts.models import Host
 
 logger = logging.getLogger(__name__)
+
+_LEFT_BEHIND_S = 3600.0  # a half-written file that nobody has added to for so long is a killed process's
 
 
 def kept_path(kind: str, host: Host, what: object) -> Path | None:
@@ -74,7 +77,8 @@ def keep(path: Path | None, tensors: Mapping[str, Tensor], what: str, *, most_by
         path: Where, by `kept_path`; None for nowhere.
         tensors: On the CPU.
         what: What they are, for the log.
-        most_bytes: What the folder may hold; what was used longest ago is deleted, the newest never.
+        most_bytes: What the folder may hold; what was used longest ago is deleted, the newest never. What
+            other processes are writing is left alone, and does not count.
     """
     if path is None:
         return
@@ -96,8 +100,12 @@ def _evict(newest: Path, most_bytes: int) -> None:
     kept, others = newest.stat().st_size, []
     for path in newest.parent.iterdir():
         with contextlib.suppress(OSError):  # another process may have deleted it
-            if path != newest:
-                others.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+            about = path.stat()
+            if path.name.startswith("."):  # half-written: another process is at it, or was killed
+                if time.time() - about.st_mtime > _LEFT_BEHIND_S:
+                    path.unlink()
+            elif path != newest:
+                others.append((about.st_mtime_ns, about.st_size, path))
     for _, n_bytes, path in sorted(others, reverse=True):
         kept += n_bytes
         if kept > most_bytes:
