@@ -18,6 +18,11 @@ needs_onednn = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def _another_s_processor(monkeypatch):
+    monkeypatch.setattr(kernels, "_is_intel", lambda: False)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """The shapes of what the faster kernel was given; the kernel itself still does the work."""
@@ -195,6 +200,33 @@ def test_without_the_kernel_nothing_changes(monkeypatch, why):
         monkeypatch.undo()
         kernels._kernel.cache_clear()
     assert has_fast_linears() == torch.backends.mkldnn.is_available()  # control
+
+
+@needs_onednn
+def test_on_intel_only_wide_layers_are_rerouted_and_only_forward(calls, monkeypatch):
+    monkeypatch.setattr(kernels, "_is_intel", lambda: True)
+    x = normal(3, 8).requires_grad_(True)
+    narrow, wide = normal(kernels._WIDE - 1, 8, seed=1), normal(kernels._WIDE, 8, seed=2)
+    with fast_linears():
+        assert torch.equal(functional.linear(x, narrow), x @ narrow.T)
+        assert calls == []
+        said = functional.linear(x, wide)
+    (gradient,) = torch.autograd.grad(said.sum(), x)
+    assert len(calls) == 1
+    torch.testing.assert_close(said, x @ wide.T, rtol=0, atol=2e-5)
+    torch.testing.assert_close(gradient, wide.sum(0).expand(3, -1), rtol=1e-4, atol=1e-3)
+
+
+def test_the_processor_is_told_by_its_name(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels.platform, "processor", lambda: "Intel64 Family 6 Model 85, GenuineIntel")
+    kernels._is_intel.cache_clear()
+    assert kernels._is_intel()
+    kernels._is_intel.cache_clear()
+    monkeypatch.setattr(kernels.platform, "processor", lambda: "")
+    monkeypatch.setattr(kernels.Path, "read_text", lambda *_, **__: "model name : AMD EPYC")
+    assert not kernels._is_intel()
+    kernels._is_intel.cache_clear()
 
 
 def test_what_a_user_is_shown_never_runs_inside(calls):

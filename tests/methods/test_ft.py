@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from baft.hosts import kernels
 from baft.hosts.encoding import Encoder
 from baft.hosts.kernels import has_fast_linears
 from baft.hosts.models import Host
@@ -108,7 +109,8 @@ def test_a_request_goes_on_where_the_last_one_ended(host):
 
 
 @pytest.mark.skipif(not has_fast_linears(), reason="products are rerouted on CPUs whose torch has oneDNN")
-def test_gradients_reach_the_weight_where_products_are_rerouted():
+def test_gradients_reach_the_weight_where_products_are_rerouted(monkeypatch):
+    monkeypatch.setattr(kernels, "_is_intel", lambda: False)
     model = tiny_host("llama", dtype=torch.float32)
     host = Host("tiny", model, tiny_tokenizer(), "float32")
     delta, _ = trained(host, settings(max_steps=2), EditRequest(EDITS))

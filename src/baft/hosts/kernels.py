@@ -1,16 +1,19 @@
 """Faster products on CPUs, for passes whose results are compared only among themselves.
 
 On processors that are not Intel's, torch hands float32 matrix products to a library that uses half of what
-they can do; oneDNN, which torch carries as well, uses all of it (`docs/performance.md`). Inside
-`fast_linears` every plain float32 linear layer on the CPU runs there. The two round differently, so what a
-user is shown of a model never runs inside: there the edited model must be the host, bit for bit, wherever
-no gate opens.
+they can do; oneDNN, which torch carries as well, uses all of it. On Intel's that library is the faster one,
+but for heads, whose many outputs it handles badly (`experiments/LOG.md`, 2026-11-24 and 2026-11-25). Inside
+`fast_linears` plain float32 linear layers on the CPU run where they are faster. The two round differently, so
+what a user is shown of a model never runs inside: there the edited model must be the host, bit for bit,
+wherever no gate opens.
 """
 
 import contextlib
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +23,17 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 _PLAIN = (Tensor, nn.Parameter)
+_WIDE = 8192  # outputs of a head
 
 
 @contextlib.contextmanager
 def fast_linears() -> Iterator[None]:
     """Runs plain float32 linear layers on the CPU through oneDNN, in this thread, inside the `with` block.
 
-    Everything else is left as it is: other devices and precisions, quantized weights, and torch builds
-    without oneDNN. Gradients flow to the layer's input alone, never to weights or bias; a layer whose weights
-    somebody wants gradients of does not belong inside, or else in `plain_linears`.
+    On Intel's processors it is the wide ones alone. Everything else is left as it is: other devices and
+    precisions, quantized weights, and torch builds without oneDNN. Gradients flow to the layer's input alone,
+    never to weights or bias: a layer whose weights somebody wants gradients of does not belong inside, or
+    else in `plain_linears`.
     """
     kernel = _kernel()
     if kernel is None or _inside.get():
@@ -75,6 +80,16 @@ def _kernel() -> Callable[..., Tensor] | None:
     return kernel if same else None
 
 
+@cache
+def _is_intel() -> bool:
+    """Whether the processor is of those that torch's own library for products is made for."""
+    try:
+        said = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")[:4096]
+    except OSError:  # not Linux
+        said = ""
+    return "Intel" in said + platform.processor()
+
+
 class _Rerouted(TorchFunctionMode):
     def __init__(self, kernel: Callable[..., Tensor]):
         super().__init__()
@@ -95,6 +110,8 @@ class _Rerouted(TorchFunctionMode):
 
 def _fits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     if weight.ndim != 2 or torch.is_autocast_enabled("cpu"):
+        return False
+    if _is_intel() and weight.shape[0] < _WIDE:
         return False
     return all(
         type(one) in _PLAIN and one.dtype is torch.float32 and one.device.type == "cpu"
@@ -131,4 +148,6 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         """`gradient W`; the kernel takes the transposed weight without a copy."""
         (weight,) = ctx.saved_tensors
+        if _is_intel():
+            return gradient @ weight, None, None, None
         return ctx.kernel(gradient, weight.t(), None, "none", [], ""), None, None, None
