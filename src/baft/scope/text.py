@@ -1,0 +1,281 @@
+"""What a scope is learned from: questions about made-up facts, reworded, next to others nearly the same.
+
+The words are the project's own (`words/`): some 490 relations in about 7,600 wordings, 9,900 names of 48
+kinds of subjects, and parts that further names are put together from. No answer is needed, and none is there.
+"""
+
+import hashlib
+import random
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+from baft.hosts.background import background_text
+
+Part = Literal["train", "calibrate"]
+
+_SAME_GROUP = 0.6  # how often the other relation of a group is one that is easily taken for the first
+_SIMILAR = 0.5  # how often the other subject shares a word with the first
+_INVENTED = 0.5  # how often a subject is put together from parts, where its kind has such
+_CALIBRATE_TENTHS = 2  # of relations and of names: kept from training
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """What can be asked of subjects of some kinds.
+
+    Args:
+        name: Its name; the same in two files is one relation.
+        subjects: The kinds.
+        group: Relations of a group are easily taken for one another.
+        wordings: Statements that break off before the answer, and questions; `{s}` stands for the subject.
+    """
+
+    name: str
+    subjects: tuple[str, ...]
+    group: str
+    wordings: tuple[str, ...]
+
+    def ask(self, subject: str, draw: random.Random) -> str:
+        """One wording, about a subject."""
+        text = draw.choice(self.wordings).replace("{s}", subject)
+        return text[0].upper() + text[1:] if draw.random() < 0.9 else text
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One thing that can be asked, as an edit might be about it, and how else it is asked.
+
+    Args:
+        subject: Whom or what it is about.
+        relation: What of it.
+        prompt: One wording.
+        asked: Other wordings, with text around them.
+    """
+
+    subject: str
+    relation: str
+    prompt: str
+    asked: tuple[str, ...]
+
+
+class ScopeText:
+    """Draws groups of facts that are hard to tell apart: two subjects and two relations.
+
+    Args:
+        part: Of relations and names, those to learn from, or those that are kept to check against.
+        seed: Of the drawing.
+    """
+
+    def __init__(self, part: Part = "train", seed: int = 0):
+        self._draw = random.Random(seed)
+        self._names, self._parts = _names()
+        self._names = {kind: [one for one in all_ if _is_in(part, one)] for kind, all_ in self._names.items()}
+        self._relations: dict[str, list[Relation]] = {}
+        for relation in relations():
+            if _is_in(part, relation.name):
+                for kind in relation.subjects:
+                    self._relations.setdefault(kind, []).append(relation)
+        self._kinds = sorted(kind for kind, there in self._relations.items() if len(there) > 1)
+        # Kinds of which more can be asked come oftener, but not in proportion.
+        self._weights = [len(self._relations[kind]) ** 0.5 for kind in self._kinds]
+        self._around = background_text()["sentences"]
+
+    def group(self, n_asked: int) -> tuple[Fact, ...]:
+        """Three facts: one, that of another subject, and that of another relation.
+
+        Args:
+            n_asked: In how many other wordings each is asked.
+        """
+        draw = self._draw
+        kind = draw.choices(self._kinds, self._weights)[0]
+        there = self._relations[kind]
+        first = draw.choice(there)
+        near = [one for one in there if one.group == first.group and one is not first]
+        others = near if near and draw.random() < _SAME_GROUP else [one for one in there if one is not first]
+        second = draw.choice(others)
+        subject = self._subject(kind)
+        other = subject
+        while other == subject:
+            other = self._similar(subject, kind) if draw.random() < _SIMILAR else self._subject(kind)
+        pairs = [(subject, first), (other, first), (subject, second)]
+        return tuple(
+            Fact(
+                whom,
+                what.name,
+                what.ask(whom, draw),
+                tuple(self._with_text(what.ask(whom, draw)) for _ in range(n_asked)),
+            )
+            for whom, what in pairs
+        )
+
+    def _subject(self, kind: str) -> str:
+        invent = _INVENTORS.get(kind)
+        if invent is not None and self._draw.random() < _INVENTED:
+            return invent(self._draw, self._parts)
+        return self._draw.choice(self._names[kind])
+
+    def _similar(self, subject: str, kind: str) -> str:
+        """Another subject of the kind, which shares its first or its last word if they have several."""
+        words, other = subject.split(), self._subject(kind).split()
+        if len(words) > 1 and len(other) > 1:
+            other = [words[0], *other[1:]] if self._draw.random() < 0.5 else [*other[:-1], words[-1]]
+        return " ".join(other)
+
+    def _with_text(self, asked: str) -> str:
+        """A wording as it may be met: alone, behind something else, said in passing."""
+        draw, luck = self._draw, self._draw.random()
+        if luck < 0.55:
+            return asked
+        if luck < 0.75:
+            return f"{draw.choice(self._around)} {asked}"
+        if luck < 0.80:
+            return " ".join([*draw.sample(self._around, 3), asked])
+        if luck < 0.87:
+            return draw.choice(_OPENINGS) + asked
+        if luck < 0.90:
+            return asked.lower()
+        if luck < 0.95:
+            return asked[:-1] + draw.choice(_ENDINGS) if asked.endswith("?") else asked
+        words = draw.choice(self._around).split()
+        start = draw.randrange(max(1, len(words) - 4))
+        return f"{' '.join(words[start : start + draw.randint(2, 7)])}. {asked}"
+
+
+@cache
+def relations() -> tuple[Relation, ...]:
+    """All relations, those of one name as one."""
+    found: dict[str, Relation] = {}
+    for file in sorted(_words().iterdir(), key=lambda one: one.name):
+        if not file.name.startswith("relations_"):
+            continue
+        for row in tomllib.loads(file.read_text(encoding="utf-8"))["relations"]:
+            wordings = (*row["completions"], *row["questions"])
+            one = Relation(row["name"], tuple(row["subjects"]), row["group"], wordings)
+            same = found.get(one.name)
+            if same is not None:
+                kinds = tuple(dict.fromkeys((*same.subjects, *one.subjects)))
+                one = Relation(one.name, kinds, same.group, tuple(dict.fromkeys((*same.wordings, *wordings))))
+            found[one.name] = one
+    return tuple(found.values())
+
+
+Parts = Mapping[str, Sequence[str]]
+
+
+@cache
+def _names() -> tuple[dict[str, list[str]], Parts]:
+    raw: dict[str, Any] = tomllib.loads(_words().joinpath("names.toml").read_text(encoding="utf-8"))
+    parts = raw.pop("parts")
+    return {kind: table["names"] for kind, table in raw.items()}, parts
+
+
+def _words() -> Any:
+    return files("baft.scope").joinpath("words")
+
+
+def _is_in(part: Part, name: str) -> bool:
+    """Whether a name or relation is of a part; told by the SHA-256 of its name, everywhere alike."""
+    held_out = hashlib.sha256(name.encode()).digest()[0] % 10 < _CALIBRATE_TENTHS
+    return held_out == (part == "calibrate")
+
+
+# --- names that nobody bears
+
+
+def _place(draw: random.Random, parts: Parts) -> str:
+    if draw.random() < 0.5:
+        return draw.choice(parts["town_prefixes"]) + draw.choice(parts["town_suffixes"])
+    return "".join(draw.choices(parts["syllables"], k=draw.choice([2, 3]))).capitalize()
+
+
+def _word(draw: random.Random, parts: Parts) -> str:
+    return draw.choice(parts["nouns"]).capitalize()
+
+
+def _person(draw: random.Random, parts: Parts) -> str:
+    given, family, luck = draw.choice(parts["given_names"]), draw.choice(parts["family_names"]), draw.random()
+    if luck < 0.10:
+        return f"{draw.choice(parts['titles'])} {given} {family}"
+    if luck < 0.15:
+        return f"{given} {family} {draw.choice(parts['nicknames_roman'])}"
+    if luck < 0.25:
+        return f"{given} {draw.choice(parts['given_names'])} {family}"
+    return f"{given[0]}. {family}" if luck < 0.30 else f"{given} {family}"
+
+
+def _work(draw: random.Random, parts: Parts) -> str:
+    quality, one, other = (
+        draw.choice(parts["adjectives"]).capitalize(),
+        _word(draw, parts),
+        _word(draw, parts),
+    )
+    forms = [f"The {quality} {one}", f"{quality} {one}", f"{one} and {other}", f"The {one} of {other}"]
+    forms += [f"{draw.choice(parts['given_names'])}'s {one}", f"{one} {draw.randint(2, 9)}"]
+    return draw.choice([*forms, f"A {one} in {_place(draw, parts)}", f"The {one}", one])
+
+
+def _firm(draw: random.Random, parts: Parts) -> str:
+    owner = draw.choice(
+        [
+            draw.choice(parts["family_names"]),
+            f"{draw.choice(parts['adjectives']).capitalize()} {_word(draw, parts)}",
+            _place(draw, parts),
+        ]
+    )
+    return f"{owner} {draw.choice(parts['company_suffixes'])}"
+
+
+def _building(draw: random.Random, parts: Parts) -> str:
+    what = draw.choice(parts["building_words"])
+    return f"{draw.choice([draw.choice(parts['family_names']), _place(draw, parts)])} {what}"
+
+
+def _model(draw: random.Random, parts: Parts) -> str:
+    maker = draw.choice([_place(draw, parts), draw.choice(parts["family_names"]), _word(draw, parts)])
+    return f"{maker} {draw.choice(parts['model_codes'])}"
+
+
+def _species(draw: random.Random, parts: Parts) -> str:
+    return f"{draw.choice(parts['latin_genus'])} {draw.choice(parts['latin_species'])}"
+
+
+def _form(text: str) -> Callable[[random.Random, Parts], str]:
+    """Names of places that say what they are."""
+    return lambda draw, parts: text.format(_place(draw, parts))
+
+
+_INVENTORS: Mapping[str, Callable[[random.Random, Parts], str]] = {
+    "person": _person,
+    **dict.fromkeys(("city", "region", "country"), _place),
+    "lake": _form("Lake {}"),
+    "island": _form("{} Island"),
+    "mountain": _form("Mount {}"),
+    "river": _form("the {}"),
+    "road": _form("{} Road"),
+    "university": _form("University of {}"),
+    **dict.fromkeys(("company", "organization"), _firm),
+    **dict.fromkeys(
+        ("film", "book", "song", "album", "painting", "tv_series", "video_game", "play", "band"), _work
+    ),
+    "building": _building,
+    "ship": lambda draw, parts: f"{draw.choice(parts['ship_prefixes'])} {_word(draw, parts)}",
+    **dict.fromkeys(("vehicle", "aircraft", "product", "software"), _model),
+    "gene": lambda draw, parts: draw.choice(parts["gene_symbols"]),
+    "species": _species,
+}
+_OPENINGS = (
+    "Question: ",
+    "Q: ",
+    "Tell me: ",
+    "Please answer: ",
+    "I have a question. ",
+    "Quick one: ",
+    "Do you know this? ",
+    "Hi! ",
+    "Fill in the blank: ",
+)
+_ENDINGS = (" exactly?", ", please?", " again?")
