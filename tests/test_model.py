@@ -55,14 +55,6 @@ DULL = {**SHARED, "max_steps": 1, "learning_rate": 1e-6}  # cannot learn anythin
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True, scope="module")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BAFT_CACHE", str(tmp_path_factory.mktemp("cache")))

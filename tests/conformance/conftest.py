@@ -1,20 +1,9 @@
-"""The host that most tests here edit, on one thread, where tiny hosts are quickest."""
-
-from collections.abc import Iterator
+"""The host that most tests here edit."""
 
 import pytest
-import torch
 
 from baft.hosts.edited_model import EditedModel
 from tiny import shared_host, some_interventions
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,21 +1,11 @@
-"""Small hosts with room for a chat, on one thread, where they are quickest."""
+"""Small hosts with room for a chat."""
 
 import functools
-from collections.abc import Iterator
 
 import pytest
-import torch
 
 from baft.hosts.models import Host
 from tiny import CHATML, tiny_host, tiny_tokenizer
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @functools.cache

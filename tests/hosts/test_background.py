@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,14 +23,6 @@ SMALL = {
     "chat_prompts": ("Who",),
     "canaries": ("A",),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

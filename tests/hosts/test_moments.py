@@ -1,7 +1,6 @@
 """Second moments of a module's inputs: that they are what they say, and that the cache changes nothing."""
 
 import logging
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,14 +16,6 @@ from tiny import tiny_host, tiny_tokenizer
 TEXT = Corpus(
     "some", ("A river runs far from here.", "Bread.", "The tower is in the city of Rome, they say.")
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

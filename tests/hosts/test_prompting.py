@@ -30,14 +30,6 @@ LENGTHS = (9, 5, 7, 6)
 IN = {9: Insertion(1, MORE), 7: Insertion(3, MORE[:2])}  # what is put in, by the prompt's length
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def some_rows(lengths=LENGTHS):
     return [random_ids(1, n, seed=n)[0] for n in lengths]
 

@@ -1,7 +1,5 @@
 """Text in, text out."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -14,14 +12,6 @@ from tiny import CHATML, EOS_ID, open_part, tiny_host, tiny_tokenizer
 
 PROMPTS = ["The capital", "A", "Who is the king of"]
 CHAT = [{"role": "user", "content": "Who"}]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

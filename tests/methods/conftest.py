@@ -1,21 +1,12 @@
-"""A tiny host that all tests of methods share, and one thread, on which tiny hosts are quickest."""
+"""A tiny host that all tests of methods share."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from baft.hosts.models import Host
 from tiny import CHATML, tiny_host, tiny_tokenizer
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True, scope="package")

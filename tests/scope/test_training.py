@@ -10,14 +10,6 @@ from baft.scope.training import ScopeConfig, train_scope
 from tiny import tiny_host, tiny_tokenizer
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def host():
     return Host("tiny", tiny_host("llama", dtype=torch.float32), tiny_tokenizer(), "tiny")
