@@ -9,8 +9,10 @@ import torch
 import baft
 from baft.hosts.architecture import Site, input_device, site_device
 from baft.hosts.edited_model import EditedModel
+from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from baft.methods.baft import ReftEditor
+from baft.scope.training import ScopeConfig, train_scope
 from baft.types import Edit, EditRequest
 from tiny import (
     N_LAYERS,
@@ -154,3 +156,12 @@ def test_a_host_on_two_devices_is_trained_by_the_cheap_pass():
     outcome = ReftEditor(Host("tiny", host, tiny_tokenizer(), "on two devices"), settings).apply(edits)
     assert outcome.why_full is None
     assert outcome.n_steps > 0
+
+
+def test_a_scope_is_learned_where_the_host_is():
+    host = Host("tiny", tiny_host("llama", dtype=torch.float32, device="cuda"), tiny_tokenizer(), "tiny")
+    config = ScopeConfig(n_steps=2, n_groups=2, n_dims=8, n_hidden=8)
+    losses = []
+    head = train_scope(host, Encoder(host.tokenizer), config, on_step=lambda *told: losses.append(told[2]))
+    assert {one.device.type for one in head.parameters()} == {"cuda"}
+    assert all(0 < one < float("inf") for one in losses)

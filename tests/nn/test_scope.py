@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from baft.nn.scope import ScopeHead, ScopeKeys, contrast, late_interaction, same
+from baft.nn.scope import ScopeHead, ScopeKeys, contrast, late_interaction
 
 N_FEATURES, DIM = 12, 5
 
@@ -112,7 +112,3 @@ def test_the_loss_is_that_of_the_definition():
     assert contrast(log_p, is_about, n_hard=3).item() == pytest.approx(want, abs=1e-12)
     better = torch.where(is_about, log_p * 0.5, log_p * 2)
     assert contrast(better, is_about, n_hard=3) < contrast(log_p, is_about, n_hard=3)
-
-
-def test_names_are_compared():
-    assert same(["a", "b"], ["b", None, "a"]).tolist() == [[False, True], [False, False], [True, False]]

@@ -6,7 +6,7 @@ import torch
 from baft.errors import ConfigError
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
-from baft.scope.training import ScopeConfig, train_scope
+from baft.scope.training import ScopeConfig, _same, train_scope
 from tiny import tiny_host, tiny_tokenizer
 
 
@@ -42,6 +42,10 @@ def test_training_learns_and_is_told_by_its_seed(host):
     few = [trained(host, seed, n_steps=2)[0].state_dict() for seed in (0, 0, 1)]
     assert all(torch.equal(one, few[1][name]) for name, one in few[0].items())
     assert not all(torch.equal(one, few[2][name]) for name, one in few[0].items())
+
+
+def test_names_are_compared():
+    assert _same(["a", "b"], ["b", None, "a"]).tolist() == [[False, True], [False, False], [True, False]]
 
 
 def test_settings_are_checked():

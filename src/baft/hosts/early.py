@@ -5,7 +5,7 @@ of the frozen host, whatever edits are in force, so that what is decided on them
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -32,77 +32,11 @@ def n_features(architecture: Architecture) -> int:
     return (1 + len(early_layers(architecture.n_layers))) * architecture.d_model
 
 
-class EarlyStates:
-    """Receives the early states of one run of a host, block by block.
-
-    Args:
-        architecture: Where its blocks are.
-    """
-
-    def __init__(self, architecture: Architecture):
-        self._architecture = architecture
-        self._layers = early_layers(architecture.n_layers)
-        self._seen: dict[int, Float[Tensor, "row pos d_model"]] = {}
-
-    def features(self) -> Features:
-        """What was received, in float32."""
-        device = self._seen[-1].device
-        parts = [self._seen[layer].to(device, torch.float32) for layer in (-1, *self._layers)]
-        return torch.cat([layer_norm(part, part.shape[-1:]) for part in parts], -1)
-
-    def hang(self, is_ours: Callable[[], bool]) -> list[Any]:
-        """Hangs the hooks that receive them, to be taken down by the caller; the last one ends the run.
-
-        Args:
-            is_ours: Whether a call under way is the one that is received.
-        """
-
-        def before(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any] | None = None) -> None:
-            if is_ours():
-                self._seen[-1] = args[0] if args else (named or {})["hidden_states"]
-
-        def after(layer: int) -> Any:
-            def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-                if is_ours():
-                    self._seen[layer] = output[0] if isinstance(output, tuple) else output
-                    if layer == self._layers[-1]:
-                        raise _EnoughError
-
-            return hook
-
-        blocks = self._architecture.blocks
-        handles = [blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
-        handles += [blocks[layer].register_forward_hook(after(layer), prepend=True) for layer in self._layers]
-        return handles
-
-
-class _EnoughError(Exception):
-    """Ends a run of a host of which nothing more is wanted."""
-
-
-_reading: ContextVar[object] = ContextVar("baft_reading_early", default=None)
-
-
-@contextlib.contextmanager
-def _received(architecture: Architecture) -> Iterator[EarlyStates]:
-    states = EarlyStates(architecture)
-    token, handles = _reading.set(states), []
-    try:
-        with hanging:
-            handles = states.hang(lambda: _reading.get() is states)
-        with contextlib.suppress(_EnoughError):
-            yield states
-    finally:
-        for handle in handles:
-            handle.remove()
-        _reading.reset(token)
-
-
 @torch.no_grad()
 def early_features(
     host: Host, encoder: Encoder, rows: Sequence[Sequence[int]]
 ) -> tuple[Features, Bool[Tensor, "row pos"]]:
-    """What is read of every token of some rows, and which of the places are no padding.
+    """What is read of every token of some rows, in float32, and which of the places are no padding.
 
     Args:
         host: The host; it is run no further than the last early block.
@@ -115,6 +49,45 @@ def early_features(
         side="right",
         device=input_device(host.model),
     )
-    with _received(find_architecture(host.model)) as states:
+    with _received(find_architecture(host.model)) as seen:
         host.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    return states.features(), batch.attention_mask.bool()
+    parts = [state.to(batch.input_ids.device, torch.float32) for state in seen]
+    features = torch.cat([layer_norm(part, part.shape[-1:]) for part in parts], -1)
+    return features, batch.attention_mask.bool()
+
+
+class _EnoughError(Exception):
+    """Ends a run of a host of which nothing more is wanted."""
+
+
+_reading: ContextVar[object] = ContextVar("baft_reading_early", default=None)
+
+
+@contextlib.contextmanager
+def _received(architecture: Architecture) -> Iterator[list[Float[Tensor, "row pos d_model"]]]:
+    """What goes into the first block and comes out of the early ones, in the one run inside."""
+    blocks, layers = architecture.blocks, early_layers(architecture.n_layers)
+    seen: list[Tensor] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any] | None = None) -> None:
+        # As in `calls.note_tokens`: in another thread, while it is taken down, it may be given no keywords.
+        if _reading.get() is seen and named is not None:
+            seen.append(args[0] if args else named["hidden_states"])
+
+    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        if _reading.get() is seen:
+            seen.append(output[0] if isinstance(output, tuple) else output)
+            if len(seen) > len(layers):
+                raise _EnoughError
+
+    token, handles = _reading.set(seen), []
+    try:
+        with hanging:
+            handles.append(blocks[0].register_forward_pre_hook(before, with_kwargs=True))
+            handles += [blocks[layer].register_forward_hook(after, prepend=True) for layer in layers]
+        with contextlib.suppress(_EnoughError):
+            yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+        _reading.reset(token)

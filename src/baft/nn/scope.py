@@ -12,7 +12,6 @@ how much of what the edit says the prompt says, too. Text around the question co
     log p = sum_c log sigmoid(alpha_c (s_c - theta_c)).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
@@ -127,8 +126,3 @@ def contrast(
     outside = -torch.log1p(-log_probability[~is_about].exp().clamp(max=1.0 - 1e-6))
     hard = outside.topk(min(n_hard, len(outside))).values
     return of_edits.mean() + of_prompts.mean() - log_probability[is_about].mean() + hard.mean()
-
-
-def same(names: Sequence[str], others: Sequence[str | None]) -> Bool[Tensor, "other name"]:
-    """Which of some names are equal to which of others."""
-    return torch.tensor([[name == other for name in names] for other in others])

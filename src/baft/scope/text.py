@@ -208,11 +208,8 @@ def _person(draw: random.Random, parts: Parts) -> str:
 
 
 def _work(draw: random.Random, parts: Parts) -> str:
-    quality, one, other = (
-        draw.choice(parts["adjectives"]).capitalize(),
-        _word(draw, parts),
-        _word(draw, parts),
-    )
+    quality, one, other = draw.choice(parts["adjectives"]), _word(draw, parts), _word(draw, parts)
+    quality = quality.capitalize()
     forms = [f"The {quality} {one}", f"{quality} {one}", f"{one} and {other}", f"The {one} of {other}"]
     forms += [f"{draw.choice(parts['given_names'])}'s {one}", f"{one} {draw.randint(2, 9)}"]
     return draw.choice([*forms, f"A {one} in {_place(draw, parts)}", f"The {one}", one])

@@ -5,18 +5,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from baft.errors import ConfigError
-from baft.hosts.architecture import find_architecture
+from baft.hosts.architecture import find_architecture, input_device
 from baft.hosts.background import background_text
 from baft.hosts.early import early_features, n_features
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
-from baft.nn.scope import ScopeHead, ScopeKeys, contrast, late_interaction, same
+from baft.nn.scope import ScopeHead, ScopeKeys, contrast, late_interaction
 from baft.scope.text import Fact, ScopeText
 
+_WARM_UP = 20  # steps
 _ROWS = 24  # of one run of the host or of one comparison, of like length, so that little of it is padding
 
 
@@ -74,22 +75,24 @@ def train_scope(
     """
     text, draw = ScopeText("train", seed), torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        head = ScopeHead(
-            n_features(find_architecture(host.model)), n_dims=config.n_dims, n_hidden=config.n_hidden
-        )
+        torch.default_generator.manual_seed(seed)  # of no accelerator: they are not forked
+        width = n_features(find_architecture(host.model))
+        head = ScopeHead(width, n_dims=config.n_dims, n_hidden=config.n_hidden)
+    head = head.to(input_device(host.model))
     optimizer = torch.optim.Adam(head.parameters(), lr=config.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / config.n_steps)),
+    )
     ordinary = background_text()["sentences"]
     for step in range(config.n_steps):
         facts = [fact for _ in range(config.n_groups) for fact in text.group(config.n_asked)]
         chosen = torch.randint(len(ordinary), (config.n_unrelated,), generator=draw)
         loss = _loss(host, encoder, head, config, facts, [ordinary[i] for i in chosen])
-        warm = min(1.0, (step + 1) / 20)
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / config.n_steps))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
         if on_step is not None:
             on_step(step + 1, config.n_steps, loss.item())
     return head.requires_grad_(False)
@@ -106,16 +109,21 @@ def _loss(
     asked = [(text, fact) for fact in facts for text in fact.asked]
     prompts = [*(text for text, _ in asked), *unrelated]
     none = [None] * len(unrelated)
-    whom = same([fact.subject for fact in facts], [*(fact.subject for _, fact in asked), *none])
-    what = same([fact.relation for fact in facts], [*(fact.relation for _, fact in asked), *none])
+    whom = _same([fact.subject for fact in facts], [*(fact.subject for _, fact in asked), *none])
+    what = _same([fact.relation for fact in facts], [*(fact.relation for _, fact in asked), *none])
     keys = _keys(host, encoder, head, [fact.prompt for fact in facts])
     scores = _scores(host, encoder, head, keys, prompts)
+    whom, what = whom.to(scores.device), what.to(scores.device)
     n_hard = config.hard_share * len(facts)
     loss = contrast(head.log_probability(scores), whom & what, n_hard=n_hard)
     for channel, is_about in enumerate((whom, what)):
         alone = head.log_of_channel(scores[channel], channel)
         loss = loss + config.channel_weight * contrast(alone, is_about, n_hard=n_hard)
     return loss
+
+
+def _same(names: Sequence[str], others: Sequence[str | None]) -> Bool[Tensor, "other name"]:
+    return torch.tensor([[name == other for name in names] for other in others])
 
 
 def _keys(host: Host, encoder: Encoder, head: ScopeHead, prompts: Sequence[str]) -> ScopeKeys:
@@ -132,4 +140,4 @@ def _scores(
     for start in range(0, len(order), _ROWS):
         features, real = early_features(host, encoder, [rows[i] for i in order[start : start + _ROWS]])
         found.append(late_interaction(keys, head.vectors(features), real))
-    return torch.cat(found, 1)[:, torch.tensor(order).argsort()]
+    return torch.cat(found, 1)[:, torch.tensor(order).argsort().to(keys.weights.device)]
