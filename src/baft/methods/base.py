@@ -246,6 +246,7 @@ class StackedEditor(Editor):
 
 methods: Registry[type[Editor]] = Registry("method", base=Editor, group="baft.methods")
 methods.add("baft", "baft.methods.baft:BaftEditor")
+methods.add("baft-bank", "baft.methods.bank:BankEditor")
 methods.add("reft", "baft.methods.baft:ReftEditor")
 methods.add("ft-l", "baft.methods.ft:FtLEditor")
 methods.add("ft-m", "baft.methods.ft:FtMEditor")

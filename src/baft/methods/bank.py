@@ -1,0 +1,395 @@
+"""`baft-bank`: every edit has bases of its own, acts on prompts inside its scope, and on nothing else.
+
+BaFT's intervention (arXiv 2503.00306, section 3) with `w_k(h | prompt) = scope(prompt)`, one or zero: which edit a
+prompt is about, if any, is decided once, on early states of the frozen host (`baft.scope`), and held for all
+that is said in reply. So edits do not know each other: each is trained alone, on the bare host; where several
+could be meant, the likeliest acts; where none is, the host runs as if there were no edits. Our own
+construction, after the trial in METHOD.md, section 5.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from baft.errors import ConfigError, EditError
+from baft.hosts.architecture import (
+    Site,
+    default_layers,
+    find_architecture,
+    input_device,
+    intervention_dtype,
+    site_device,
+)
+from baft.hosts.background import background_text
+from baft.hosts.calls import Stack
+from baft.hosts.edited_model import EditedModel
+from baft.hosts.encoding import EncodedEdit
+from baft.hosts.models import Host
+from baft.hosts.passes import FullPass, Pass, why_full
+from baft.hosts.positions import PositionSpec
+from baft.hosts.suffix import SuffixPass
+from baft.methods.baft import alike
+from baft.methods.bank_config import DEFAULT, BankConfig
+from baft.methods.base import Apart, Capability, EditOutcome, GateReading, OnStep, StackedEditor
+from baft.methods.optimizer import Layers
+from baft.methods.stateful import Layout, State, StatefulEditor
+from baft.methods.texts import renderings
+from baft.methods.training import TrainingResult, outcome_of, train_apart
+from baft.nn.gates import OpenGate
+from baft.nn.interventions import SubspaceIntervention
+from baft.nn.orthonormal import check_rank, random_orthonormal
+from baft.nn.scope import CHANNELS
+from baft.scope.index import Row, ScopeIndex, ScopeReader, best_above
+from baft.types import Edit, EditRequest
+
+
+@final
+class Bank:
+    """Edits, and the choice between them.
+
+    Args:
+        reader: Reads what prompts are about.
+        edits: Names of the edits, in order.
+        state: Their tensors.
+        sites: Where they act.
+        threshold: Log-probability above which a prompt is about an edit.
+    """
+
+    def __init__(
+        self, reader: ScopeReader, edits: Sequence[str], state: State, sites: Sequence[Site], threshold: float
+    ):
+        self._reader, self._edits, self._state, self._sites = reader, edits, state, sites
+        self._index = ScopeIndex(
+            reader.head, [state[f"{edit}.keys"] for edit in edits], [state[f"{edit}.weights"] for edit in edits]
+        )
+        self._threshold = threshold
+
+    def __call__(self, prompts: Sequence[Row]) -> Stack | None:
+        """What acts on each prompt."""
+        return self.choose(prompts)
+
+    def find(self, prompts: Sequence[Row], only: Int[Tensor, " row"] | None = None) -> Int[Tensor, " row"]:
+        """Which edit acts on each prompt, by its number; -1 where none does."""
+        log_probability = self._index.log_probability(*self._reader.read(prompts))
+        thresholds = log_probability.new_full((len(self._edits),), self._threshold)
+        return best_above(log_probability, thresholds, only)
+
+    def choose(self, prompts: Sequence[Row], only: Int[Tensor, " row"] | None = None) -> Stack | None:
+        """As `find`, and the bases of those that act; None where none acts."""
+        found = self.find(prompts, only)
+        acting = found[found >= 0].unique()
+        if not len(acting):
+            return None
+        layers = {site: self._joined(site, [self._edits[i] for i in acting.tolist()]) for site in self._sites}
+        return Stack(layers, torch.where(found >= 0, torch.searchsorted(acting, found), -1))
+
+    def _joined(self, site: Site, edits: Sequence[str]) -> SubspaceIntervention:
+        """The bases of some edits, those of lesser rank filled up with zeros, which change nothing."""
+        R, A, b = (
+            torch.nn.utils.rnn.pad_sequence([self._state[_name(edit, site, part)] for edit in edits], True)
+            for part in _PARTS
+        )
+        return SubspaceIntervention(R, A, b, OpenGate(*b.shape)).requires_grad_(False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Only:
+    """A bank of which every row may be edited by one edit alone."""
+
+    bank: Bank
+    numbers: Int[Tensor, " row"]
+
+    def __call__(self, prompts: Sequence[Row]) -> Stack | None:
+        return self.bank.choose(prompts, self.numbers.repeat_interleave(len(prompts) // len(self.numbers)))
+
+
+class BankEditor(StatefulEditor, StackedEditor):
+    """Edits that know their scope, and add up.
+
+    Args:
+        host: The host; never changed.
+        config: The settings.
+        seed: Of the random bases.
+
+    Raises:
+        ConfigError: If a layer or the rank does not fit the host.
+    """
+
+    name: ClassVar[str] = "baft-bank"
+    summary: ClassVar[str] = "bases of its own for every edit, in force where a prompt is about it alone"
+    capabilities: ClassVar[frozenset[Capability]] = frozenset(
+        {Capability.BATCH, Capability.SEQUENTIAL, Capability.EXACT_UNDO, Capability.STACKED}
+    )
+    presets: ClassVar[Mapping[str, BankConfig]] = {"default": DEFAULT}
+    config: BankConfig
+
+    def __init__(self, host: Host, config: BankConfig, *, seed: int = 0):
+        super().__init__(host, config, seed=seed)
+        self.trains_eos = config.train_eos
+        architecture = find_architecture(host.model)
+        layers = config.layers
+        if layers is None:
+            layers = default_layers(architecture.n_layers)
+            layers = layers[-config.deepest_layers :] if config.deepest_layers else layers
+        self.sites = tuple(Site(layer) for layer in sorted(layers))
+        for site in self.sites:
+            architecture.block(site)
+        self._d_model = architecture.d_model
+        check_rank(config.most_rank, self._d_model)
+        self._edited.positions = PositionSpec(config.last_prompt, config.outputs)
+        self._reader = ScopeReader(host, self.encoder, _head(host))
+
+    def fit(
+        self, request: EditRequest, state: State, on_step: OnStep | None
+    ) -> tuple[Mapping[str, Tensor], EditOutcome]:
+        """Trains each edit of a request by itself, on the bare host."""
+        began = time.monotonic()
+        results, made, why = self._train(request.edits, on_step)
+        joined = _together(_all_made(results))
+        return {**state, **made}, outcome_of(request, joined, time.monotonic() - began, why)
+
+    def apart(self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None) -> Apart:
+        """Makes each edit by itself, all in one batch; none is in force afterwards."""
+        edits = _single(requests)
+        began = time.monotonic()
+        results, made, why = self._train(edits, on_step)
+        outcomes = self._outcomes(requests, results, time.monotonic() - began, why)
+        number_of = {edit.id: i for i, edit in enumerate(edits)}
+        bank = self._bank(list(number_of), made)
+
+        def under(numbers: Sequence[int]) -> EditedModel:
+            edited = EditedModel(self.host.model, {}, self._edited.positions)
+            edited.router = _Only(bank, torch.tensor(numbers, device=self.device))
+            return edited
+
+        def explain(number: int, ids: Sequence[int], n_prompt_tokens: int) -> tuple[GateReading, ...]:
+            return self._readings(bank, list(number_of), ids, n_prompt_tokens, number)
+
+        return Apart(outcomes, lambda number: under([number]), under, explain)
+
+    def apply_apart(
+        self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None
+    ) -> tuple[EditOutcome, ...]:
+        """As `apart`, and puts all of them into force together."""
+        edits = _single(requests)
+        began = time.monotonic()
+        results, made, why = self._train(edits, on_step)
+        _all_made(results)
+        outcomes = self._outcomes(requests, results, time.monotonic() - began, why)
+        with self._all_or_nothing():
+            self._state, self.requests = {**self._state, **made}, (*self.requests, *requests)
+            self._put()
+        return tuple(one for one in outcomes if isinstance(one, EditOutcome))
+
+    def state_before(self, n: int) -> State:
+        """The table without the edits of the last `n` requests."""
+        gone = {edit.id for request in self.requests[-n:] for edit in request.edits}
+        return {name: tensor for name, tensor in self._state.items() if name.partition(".")[0] not in gone}
+
+    def remembered(self, before: tuple[State, ...]) -> tuple[State, ...]:
+        """None: the present table tells."""
+        return ()
+
+    def put(self, edited: EditedModel, state: State, requests: Sequence[EditRequest]) -> None:
+        """The edits are chosen from for every prompt."""
+        edits = [edit.id for request in requests for edit in request.edits]
+        edited.router = self._bank(edits, state) if edits else None
+
+    def layout(self, requests: Sequence[EditRequest], state: State) -> Layout:
+        """Of every edit its bases at each site, and its keys."""
+        found: dict[str, tuple[int | None, ...]] = {}
+        for edit in (edit for request in requests for edit in request.edits):
+            found |= {f"{edit.id}.keys": (len(CHANNELS), None, None), f"{edit.id}.weights": (len(CHANNELS), None)}
+            for site in self.sites:
+                for part in _PARTS:
+                    shape = (None,) if part == "b" else (None, self._d_model)
+                    found[_name(edit.id, site, part)] = shape
+        return found
+
+    def explain(self, ids: Sequence[int], n_prompt_tokens: int) -> tuple[GateReading, ...]:
+        """The weights of the bases of the edit that acts, at every edited token; none where none acts."""
+        edits = [edit.id for request in self.requests for edit in request.edits]
+        if not edits:
+            return ()
+        return self._readings(self._bank(edits, self._state), edits, ids, n_prompt_tokens)
+
+    def _readings(
+        self,
+        bank: Bank,
+        edits: Sequence[str],
+        ids: Sequence[int],
+        n_prompt_tokens: int,
+        only: int | None = None,
+    ) -> tuple[GateReading, ...]:
+        wanted = None if only is None else torch.tensor([only], device=self.device)
+        prompts = [tuple(ids[:n_prompt_tokens])]
+        [found] = bank.find(prompts, wanted).tolist()
+        stack = bank.choose(prompts, wanted)
+        if stack is None:
+            return ()
+        window = self._edited.window(
+            torch.tensor([list(ids)]), torch.ones(1, len(ids), dtype=torch.bool), torch.tensor([n_prompt_tokens])
+        )
+        return tuple(
+            GateReading(site.layer, edits[found], place, (1.0,) * part.rank)
+            for site, part in stack.layers.items()
+            for place in window.edited[0].nonzero().flatten().tolist()
+        )
+
+    def _bank(self, edits: Sequence[str], state: State) -> Bank:
+        return Bank(self._reader, edits, state, self.sites, self.config.threshold)
+
+    def _outcomes(
+        self,
+        requests: Sequence[EditRequest],
+        results: Sequence[TrainingResult | EditError],
+        seconds_s: float,
+        why: str | None,
+    ) -> tuple[EditOutcome | EditError, ...]:
+        share = seconds_s / len(requests)
+        return tuple(
+            result if isinstance(result, EditError) else outcome_of(request, result, share, why)
+            for request, result in zip(requests, results, strict=True)
+        )
+
+    def _train(
+        self, edits: Sequence[Edit], on_step: OnStep | None
+    ) -> tuple[list[TrainingResult | EditError], dict[str, Tensor], str | None]:
+        """Trains every edit by itself, with twice the bases where it takes them.
+
+        Returns:
+            How each went, the tensors of all, and why the whole host was run in every step, if it was.
+        """
+        texts = [self._texts(edit) for edit in edits]  # what is wrong with any is known before one is trained
+        results: list[TrainingResult | EditError] = [EditError("not trained yet")] * len(edits)
+        made: dict[str, Tensor] = {}
+        left, rank, why = list(range(len(edits))), self.config.rank, None
+        while left:
+            widths = [self.config.last_prompt + len(texts[i][0].target_ids) for i in left]
+            for some in alike(widths, self.config.edits_at_once):
+                chosen = [left[i] for i in some]
+                run, why = self._run([text for i in chosen for text in texts[i]])
+                found, layers = train_apart(
+                    run,
+                    self._start([edits[i] for i in chosen], rank),
+                    {},
+                    self.config,
+                    torch.arange(len(chosen), device=self.device).repeat_interleave(len(texts[0])),
+                    on_step=on_step,
+                )
+                for place, i in enumerate(chosen):
+                    results[i] = found[place]
+                    made |= {
+                        _name(edits[i].id, site, part): getattr(layer, part).detach()[place].clone()
+                        for site, layer in layers.items()
+                        for part in _PARTS
+                    }
+            rank *= 2
+            left = [i for i in left if _falls_short(results[i])] if rank <= self.config.most_rank else []
+        for edit, (vectors, weights) in zip(
+            edits, self._reader.keys([edit.prompt for edit in edits]), strict=True
+        ):
+            made |= {f"{edit.id}.keys": vectors, f"{edit.id}.weights": weights}
+        return results, made, why
+
+    def _start(self, edits: Sequence[Edit], rank: int) -> Layers:
+        """Random bases that change nothing yet, drawn for each edit whatever else is edited."""
+        dtype, started = intervention_dtype(self.host.model), {}
+        for site in self.sites:
+            device, drawn = site_device(self.host.model, site), []
+            for edit in edits:
+                seed = int(edit.id, 16) ^ (self.seed * 0x9E3779B97F4A7C15) ^ (site.layer * 0xBF58476D1CE4E5B9)
+                generator = torch.Generator().manual_seed(seed % (1 << 63))
+                drawn.append(random_orthonormal(1, rank, self._d_model, generator=generator, dtype=dtype))
+            R = torch.cat(drawn).to(device)
+            b = torch.zeros(R.shape[:2], dtype=dtype, device=device)
+            started[site] = SubspaceIntervention(R, R.clone(), b, OpenGate(len(edits), rank))
+        return started
+
+    def _run(self, texts: Sequence[EncodedEdit]) -> tuple[Pass, str | None]:
+        given = (self.host, self.encoder, self._edited.positions, texts, self.sites)
+        why = why_full(*given)
+        return (SuffixPass(*given) if why is None else FullPass(*given)), why
+
+    def _texts(self, edit: Edit) -> list[EncodedEdit]:
+        """What an edit is trained on: its prompt raw, in the chat template, and behind other text."""
+        config = self.config
+        found = renderings(
+            self.encoder,
+            [edit],
+            chat=config.chat,
+            eos=config.train_eos,
+            max_target_tokens=config.max_target_tokens,
+        )
+        sentences = background_text()["sentences"]
+        for i in range(config.n_openings):
+            opening = sentences[(int(edit.id, 16) + i * 7919) % len(sentences)]
+            behind = f"{opening} {edit.prompt}"
+            found.append(self.encoder.edit(behind, edit.target, eos=config.train_eos))
+        prompts = background_text()["prompts"]
+        for i in range(config.n_others):
+            other = prompts[(int(edit.id, 16) + i * 7919) % len(prompts)]
+            is_chat = config.chat and self.encoder.has_chat and i % 2 == 1
+            found.append(self.encoder.edit(other, edit.target, chat=is_chat, eos=config.train_eos))
+        return found
+
+
+_PARTS = ("R", "A", "b")
+
+
+def _name(edit: str, site: Site, part: str) -> str:
+    return f"{edit}.layer{site.layer}.{part}"
+
+
+def _single(requests: Sequence[EditRequest]) -> list[Edit]:
+    if any(len(request.edits) != 1 for request in requests):
+        raise ConfigError("edits that are each made by themselves come one to a request: split the requests")
+    return [request.edits[0] for request in requests]
+
+
+def _all_made(results: Sequence[TrainingResult | EditError]) -> list[TrainingResult]:
+    made = []
+    for result in results:
+        if isinstance(result, EditError):
+            raise result
+        made.append(result)
+    return made
+
+
+def _falls_short(result: TrainingResult | EditError) -> bool:
+    return isinstance(result, TrainingResult) and result.stopped == "max_steps"
+
+
+def _together(results: Sequence[TrainingResult]) -> TrainingResult:
+    """How edits went that were each trained by themselves, as if it had been one run: the mean loss."""
+    n = max(len(one.losses) for one in results)
+    held = [(*one.losses, *[one.losses[-1]] * (n - len(one.losses))) for one in results]
+    longest = max(results, key=lambda one: one.n_steps)
+    return TrainingResult(
+        tuple(margin for one in results for margin in one.margins),
+        tuple(sum(at) / len(at) for at in zip(*held, strict=True)),
+        longest.n_steps,
+        longest.stopped,
+    )
+
+
+def _head(host: Host) -> Any:
+    import os
+
+    from baft.hosts.early import n_features
+    from baft.nn.scope import ScopeHead
+
+    head = ScopeHead(n_features(find_architecture(host.model)))
+    saved = torch.load(os.environ["BAFT_DEV_HEAD"], weights_only=False)[1]
+    with torch.no_grad():
+        head.load_state_dict({
+            **{k.replace("P.", "projections.").replace("w.", "weightings."): v for k, v in saved.items() if k[0] in "Pw"},
+            "slopes": saved["ca"],
+            "midpoints": saved["ct"],
+        })
+    return head.requires_grad_(False).to(input_device(host.model))
