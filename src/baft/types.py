@@ -19,7 +19,8 @@ class Edit:
         subject: What the prompt is about, where a method needs to know it.
         ground_truth: The old answer, kept for the record; no method trains on it.
         rephrasings: Other wordings of the prompt, for methods that make use of them.
-        neighbors: Prompts nearly about the same that shall stay as they are, for methods that make use of them.
+        neighbors: Prompts nearly about the same that shall stay as they are, for methods that make use of
+            them.
 
     Raises:
         InputError: If the prompt, the target or another text is not one, or is empty or blank.
@@ -80,7 +81,10 @@ class Edit:
             if name in row and not isinstance(row[name], list):
                 raise InputError(f"{where}: {name} must be a list of texts, got {row[name]!r}")
         try:
-            return cls(**{name: tuple(value) if name in _LISTS else value for name, value in row.items()})
+            fields: dict[str, Any] = {
+                name: tuple(value) if name in _LISTS else value for name, value in row.items()
+            }
+            return cls(**fields)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
 

@@ -22,7 +22,10 @@ def host(request):
 
 
 def layers():
-    blocks = {site: [open_part(seed=10 * site.layer + i).select(torch.tensor([0])) for i in range(2)] for site in SITES}
+    blocks = {
+        site: [open_part(seed=10 * site.layer + i).select(torch.tensor([0])) for i in range(2)]
+        for site in SITES
+    }
     return {site: concatenate(parts) for site, parts in blocks.items()}
 
 

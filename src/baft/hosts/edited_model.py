@@ -379,9 +379,7 @@ class EditedModel:
             current_call.reset(token)
 
 
-def _rows(
-    ids: Int[Tensor, "batch pos"], kept: Bool[Tensor, "batch pos"]
-) -> list[tuple[int, ...]]:
+def _rows(ids: Int[Tensor, "batch pos"], kept: Bool[Tensor, "batch pos"]) -> list[tuple[int, ...]]:
     """The tokens of each row that are kept."""
     return [tuple(row[keep].tolist()) for row, keep in zip(ids, kept.to(ids.device), strict=True)]
 

@@ -1,27 +1,28 @@
 """`baft-bank`: every edit has bases of its own, acts on prompts inside its scope, and on nothing else.
 
-BaFT's intervention (arXiv 2503.00306, section 3) with `w_k(h | prompt) = scope(prompt)`, one or zero: which edit a
-prompt is about, if any, is decided once, on early states of the frozen host (`baft.scope`), and held for all
-that is said in reply. So edits do not know each other: each is trained alone, on the bare host; where several
-could be meant, the likeliest acts; where none is, the host runs as if there were no edits. Our own
+BaFT's intervention (arXiv 2503.00306, section 3) with `w_k(h | prompt) = scope(prompt)`, one or zero: which
+edit a prompt is about, if any, is decided once, on early states of the frozen host (`baft.scope`), and held
+for all that is said in reply. So edits do not know each other: each is trained alone, on the bare host; where
+several could be meant, the likeliest acts; where none is, the host runs as if there were no edits. Our own
 construction, after the trial in METHOD.md, section 5.
 """
 
+import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from baft.errors import ConfigError, EditError
 from baft.hosts.architecture import (
     Site,
     default_layers,
     find_architecture,
-    input_device,
     intervention_dtype,
     site_device,
 )
@@ -33,6 +34,7 @@ from baft.hosts.models import Host
 from baft.hosts.passes import FullPass, Pass, why_full
 from baft.hosts.positions import PositionSpec
 from baft.hosts.suffix import SuffixPass
+from baft.hosts.turns import Row
 from baft.methods.baft import alike
 from baft.methods.bank_config import DEFAULT, BankConfig
 from baft.methods.base import Apart, Capability, EditOutcome, GateReading, OnStep, StackedEditor
@@ -43,8 +45,8 @@ from baft.methods.training import TrainingResult, outcome_of, train_apart
 from baft.nn.gates import OpenGate
 from baft.nn.interventions import SubspaceIntervention
 from baft.nn.orthonormal import check_rank, random_orthonormal
-from baft.nn.scope import CHANNELS
-from baft.scope.index import Row, ScopeIndex, ScopeReader, best_above
+from baft.scope.index import EditKeys, ScopeIndex
+from baft.scope.scope import Scope, scope_of
 from baft.types import Edit, EditRequest
 
 
@@ -53,21 +55,16 @@ class Bank:
     """Edits, and the choice between them.
 
     Args:
-        reader: Reads what prompts are about.
-        edits: Names of the edits, in order.
+        scope: Reads what prompts are about.
+        edits: Names of the edits, in order; one at least.
         state: Their tensors.
         sites: Where they act.
-        threshold: Log-probability above which a prompt is about an edit.
     """
 
-    def __init__(
-        self, reader: ScopeReader, edits: Sequence[str], state: State, sites: Sequence[Site], threshold: float
-    ):
-        self._reader, self._edits, self._state, self._sites = reader, edits, state, sites
-        self._index = ScopeIndex(
-            reader.head, [state[f"{edit}.keys"] for edit in edits], [state[f"{edit}.weights"] for edit in edits]
-        )
-        self._threshold = threshold
+    def __init__(self, scope: Scope, edits: Sequence[str], state: State, sites: Sequence[Site]):
+        self._scope, self.edits, self._state, self._sites = scope, tuple(edits), state, sites
+        keys = [EditKeys(*(state[f"{edit}.{name}"] for name in _KEYS)) for edit in edits]
+        self._index = ScopeIndex(scope.head, keys)
 
     def __call__(self, prompts: Sequence[Row]) -> Stack | None:
         """What acts on each prompt."""
@@ -75,9 +72,7 @@ class Bank:
 
     def find(self, prompts: Sequence[Row], only: Int[Tensor, " row"] | None = None) -> Int[Tensor, " row"]:
         """Which edit acts on each prompt, by its number; -1 where none does."""
-        log_probability = self._index.log_probability(*self._reader.read(prompts))
-        thresholds = log_probability.new_full((len(self._edits),), self._threshold)
-        return best_above(log_probability, thresholds, only)
+        return self._index.find(*self._scope.read(prompts), only)
 
     def choose(self, prompts: Sequence[Row], only: Int[Tensor, " row"] | None = None) -> Stack | None:
         """As `find`, and the bases of those that act; None where none acts."""
@@ -85,14 +80,14 @@ class Bank:
         acting = found[found >= 0].unique()
         if not len(acting):
             return None
-        layers = {site: self._joined(site, [self._edits[i] for i in acting.tolist()]) for site in self._sites}
+        layers = {site: self._joined(site, [self.edits[i] for i in acting.tolist()]) for site in self._sites}
         return Stack(layers, torch.where(found >= 0, torch.searchsorted(acting, found), -1))
 
     def _joined(self, site: Site, edits: Sequence[str]) -> SubspaceIntervention:
         """The bases of some edits, those of lesser rank filled up with zeros, which change nothing."""
         R, A, b = (
-            torch.nn.utils.rnn.pad_sequence([self._state[_name(edit, site, part)] for edit in edits], True)
-            for part in _PARTS
+            pad_sequence([self._state[_name(edit, site, part)] for edit in edits], batch_first=True)
+            for part in _BASES
         )
         return SubspaceIntervention(R, A, b, OpenGate(*b.shape)).requires_grad_(False)
 
@@ -142,7 +137,7 @@ class BankEditor(StatefulEditor, StackedEditor):
         self._d_model = architecture.d_model
         check_rank(config.most_rank, self._d_model)
         self._edited.positions = PositionSpec(config.last_prompt, config.outputs)
-        self._reader = ScopeReader(host, self.encoder, _head(host))
+        self._scope = scope_of(host, self.encoder)
 
     def fit(
         self, request: EditRequest, state: State, on_step: OnStep | None
@@ -204,9 +199,10 @@ class BankEditor(StatefulEditor, StackedEditor):
         """Of every edit its bases at each site, and its keys."""
         found: dict[str, tuple[int | None, ...]] = {}
         for edit in (edit for request in requests for edit in request.edits):
-            found |= {f"{edit.id}.keys": (len(CHANNELS), None, None), f"{edit.id}.weights": (len(CHANNELS), None)}
+            shapes: tuple[tuple[int | None, ...], ...] = ((None, None, None), (None, None), (None,), ())
+            found |= {f"{edit.id}.{name}": shape for name, shape in zip(_KEYS, shapes, strict=True)}
             for site in self.sites:
-                for part in _PARTS:
+                for part in _BASES:
                     shape = (None,) if part == "b" else (None, self._d_model)
                     found[_name(edit.id, site, part)] = shape
         return found
@@ -233,7 +229,9 @@ class BankEditor(StatefulEditor, StackedEditor):
         if stack is None:
             return ()
         window = self._edited.window(
-            torch.tensor([list(ids)]), torch.ones(1, len(ids), dtype=torch.bool), torch.tensor([n_prompt_tokens])
+            torch.tensor([list(ids)]),
+            torch.ones(1, len(ids), dtype=torch.bool),
+            torch.tensor([n_prompt_tokens]),
         )
         return tuple(
             GateReading(site.layer, edits[found], place, (1.0,) * part.rank)
@@ -242,7 +240,7 @@ class BankEditor(StatefulEditor, StackedEditor):
         )
 
     def _bank(self, edits: Sequence[str], state: State) -> Bank:
-        return Bank(self._reader, edits, state, self.sites, self.config.threshold)
+        return Bank(self._scope, edits, state, self.sites)
 
     def _outcomes(
         self,
@@ -287,14 +285,12 @@ class BankEditor(StatefulEditor, StackedEditor):
                     made |= {
                         _name(edits[i].id, site, part): getattr(layer, part).detach()[place].clone()
                         for site, layer in layers.items()
-                        for part in _PARTS
+                        for part in _BASES
                     }
             rank *= 2
             left = [i for i in left if _falls_short(results[i])] if rank <= self.config.most_rank else []
-        for edit, (vectors, weights) in zip(
-            edits, self._reader.keys([edit.prompt for edit in edits]), strict=True
-        ):
-            made |= {f"{edit.id}.keys": vectors, f"{edit.id}.weights": weights}
+        for edit, keys in zip(edits, self._scope.keys(edits), strict=True):
+            made |= {f"{edit.id}.{name}": getattr(keys, name) for name in _KEYS}
         return results, made, why
 
     def _start(self, edits: Sequence[Edit], rank: int) -> Layers:
@@ -326,20 +322,22 @@ class BankEditor(StatefulEditor, StackedEditor):
             eos=config.train_eos,
             max_target_tokens=config.max_target_tokens,
         )
-        sentences = background_text()["sentences"]
-        for i in range(config.n_openings):
-            opening = sentences[(int(edit.id, 16) + i * 7919) % len(sentences)]
-            behind = f"{opening} {edit.prompt}"
+        draw = random.Random(edit.id)
+        text = background_text()
+        for _ in range(config.n_openings):
+            behind = f"{draw.choice(text['sentences'])} {edit.prompt}"
             found.append(self.encoder.edit(behind, edit.target, eos=config.train_eos))
-        prompts = background_text()["prompts"]
         for i in range(config.n_others):
-            other = prompts[(int(edit.id, 16) + i * 7919) % len(prompts)]
-            is_chat = config.chat and self.encoder.has_chat and i % 2 == 1
+            words = draw.choice(text["sentences"]).split()
+            cut_off = " ".join(words[: draw.randint(2, len(words) - 1)])
+            other = (cut_off, draw.choice(text["chat_prompts"]), cut_off, draw.choice(text["prompts"]))[i % 4]
+            is_chat = config.chat and self.encoder.has_chat and i % 4 == 1
             found.append(self.encoder.edit(other, edit.target, chat=is_chat, eos=config.train_eos))
         return found
 
 
-_PARTS = ("R", "A", "b")
+_BASES = ("R", "A", "b")
+_KEYS = ("vectors", "weights", "lengths", "threshold")  # of `EditKeys`
 
 
 def _name(edit: str, site: Site, part: str) -> str:
@@ -366,30 +364,17 @@ def _falls_short(result: TrainingResult | EditError) -> bool:
 
 
 def _together(results: Sequence[TrainingResult]) -> TrainingResult:
-    """How edits went that were each trained by themselves, as if it had been one run: the mean loss."""
-    n = max(len(one.losses) for one in results)
-    held = [(*one.losses, *[one.losses[-1]] * (n - len(one.losses))) for one in results]
+    """How edits went that were each trained by themselves, as if it had been one run.
+
+    The loss at a step is the mean of those that took it.
+    """
     longest = max(results, key=lambda one: one.n_steps)
+    at_steps = [
+        [one.losses[step] for one in results if step < len(one.losses)] for step in range(len(longest.losses))
+    ]
     return TrainingResult(
         tuple(margin for one in results for margin in one.margins),
-        tuple(sum(at) / len(at) for at in zip(*held, strict=True)),
+        tuple(sum(losses) / len(losses) for losses in at_steps),
         longest.n_steps,
         longest.stopped,
     )
-
-
-def _head(host: Host) -> Any:
-    import os
-
-    from baft.hosts.early import n_features
-    from baft.nn.scope import ScopeHead
-
-    head = ScopeHead(n_features(find_architecture(host.model)))
-    saved = torch.load(os.environ["BAFT_DEV_HEAD"], weights_only=False)[1]
-    with torch.no_grad():
-        head.load_state_dict({
-            **{k.replace("P.", "projections.").replace("w.", "weightings."): v for k, v in saved.items() if k[0] in "Pw"},
-            "slopes": saved["ca"],
-            "midpoints": saved["ct"],
-        })
-    return head.requires_grad_(False).to(input_device(host.model))

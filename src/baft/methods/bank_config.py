@@ -1,6 +1,5 @@
 """The settings of `baft-bank`, and their presets."""
 
-import math
 from dataclasses import dataclass
 
 from baft.errors import ConfigError
@@ -16,17 +15,14 @@ class BankConfig(TrainingConfig):
         layers: Decoder blocks whose output is edited, 0-based; None takes the paper's, scaled to the depth.
         deepest_layers: Of the layers that None stands for, keep this many of the deepest; None keeps all.
         rank: Bases of an edit at each layer, to begin with.
-        most_rank: An edit that is not decoded with margin is trained anew with twice the bases, up to so many.
+        most_rank: An edit that is not decoded with margin is trained anew with twice the bases, up to this.
         last_prompt: Prompt tokens edited, counted from its end.
         outputs: Whether output tokens are edited.
         chat: Whether edits are also trained inside the host's chat template, where it has one.
         n_openings: Sentences of other text that an edit is also trained behind, each by itself.
-        n_others: Prompts about other things that the target shall follow, too, raw and as chats in turn: inside
+        n_others: Texts about other things that the target shall follow, too, raw and as chats in turn: inside
             its scope an edit speaks whatever the words.
         train_eos: Whether the model also learns to stop after the target.
-        noise: Standard deviation of what is added to the states before they are edited in training, as a share
-            of their own.
-        threshold: Log-probability above which a prompt is taken to be about an edit.
         max_target_tokens: Longest target that is taken for a fact.
 
     Raises:
@@ -43,8 +39,6 @@ class BankConfig(TrainingConfig):
     n_openings: int = 0
     n_others: int = 0
     train_eos: bool = True
-    noise: float = 0.0
-    threshold: float = -0.7
     max_target_tokens: int = 128
 
     def __post_init__(self) -> None:
@@ -63,8 +57,6 @@ class BankConfig(TrainingConfig):
             ),
             "n_openings": (self.n_openings >= 0, "0 or more"),
             "n_others": (self.n_others >= 0, "0 or more"),
-            "noise": (0 <= self.noise < math.inf, "0 or more"),
-            "threshold": (self.threshold <= 0, "at most 0"),
             "max_target_tokens": (self.max_target_tokens >= 1, "at least 1"),
         }
         for name, (fits, expected) in bounds.items():

@@ -1,65 +1,55 @@
 """Which of many edits a prompt is about: late interaction with the keys of all, in pieces of bounded size."""
 
 from collections.abc import Sequence
-from typing import final
+from dataclasses import dataclass
+from typing import Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from baft.hosts.early import early_features
-from baft.hosts.encoding import Encoder
-from baft.hosts.models import Host
-from baft.hosts.turns import Turns
-from baft.nn.scope import CHANNELS, ScopeHead
-
-Row = tuple[int, ...]
+from baft.nn.scope import ScopeKeys
 
 _AT_ONCE = 1 << 22  # cosines held in memory: 16 MB of them
 _EXCLUDED = -2.0  # below every cosine
 
 
-@final
-class ScopeReader:
-    """Reads off a host's early states what prompts are about.
+@runtime_checkable
+class Judge(Protocol):
+    """What makes keys of prompts, and a judgment of scores; trained, or not (`untrained.py`)."""
+
+    def vectors(
+        self, features: Float[Tensor, "row token n_features"]
+    ) -> Float[Tensor, "channel row token dim"]:
+        """The unit vectors of tokens."""
+
+    def keys(
+        self, features: Float[Tensor, "edit token n_features"], real: Bool[Tensor, "edit token"]
+    ) -> ScopeKeys:
+        """What edits are found by."""
+
+    def thresholds(self, keys: ScopeKeys) -> Float[Tensor, " edit"]:
+        """The log-probability above which each edit acts."""
+
+    def log_probability(self, scores: Float[Tensor, "channel prompt edit"]) -> Float[Tensor, "prompt edit"]:
+        """How sure it is that a prompt is about an edit; at most zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class EditKeys:
+    """What one edit is found by.
 
     Args:
-        host: The host; it is run up to its last early block, and not changed.
-        encoder: Its encoder.
-        head: Its scope head.
+        vectors: Unit vectors of the tokens of its prompt, then those of its rephrasings.
+        weights: How much each counts; one in sum over each wording.
+        lengths: Tokens of each wording.
+        threshold: Log-probability that a prompt must exceed.
     """
 
-    def __init__(self, host: Host, encoder: Encoder, head: ScopeHead):
-        self.host, self.encoder, self.head = host, encoder, head
-        self._turns = Turns(encoder)
-
-    @torch.no_grad()
-    def keys(
-        self, prompts: Sequence[str]
-    ) -> list[tuple[Float[Tensor, "channel token dim"], Float[Tensor, "channel token"]]]:
-        """What each of some edits is found by, from its prompt: vectors of tokens, and their weights."""
-        rows = [self.encoder.prompt(prompt) for prompt in prompts]
-        features, real = self._features(rows)
-        keys = self.head.keys(features, real)
-        return [(keys.vectors[:, i, kept], keys.weights[:, i, kept]) for i, kept in enumerate(real)]
-
-    @torch.no_grad()
-    def read(
-        self, rows: Sequence[Row]
-    ) -> tuple[Float[Tensor, "channel row token dim"], Bool[Tensor, "row token"]]:
-        """The vectors of the tokens of prompts, and which of them are words of the last user turn."""
-        features, asked = self._features(rows)
-        return self.head.vectors(features), asked
-
-    def _features(
-        self, rows: Sequence[Row]
-    ) -> tuple[Float[Tensor, "row token n_features"], Bool[Tensor, "row token"]]:
-        features, real = early_features(self.host, self.encoder, rows)
-        words = [self._turns.words(tuple(row)) for row in rows]
-        start, end = torch.tensor(words, device=real.device).unbind(-1)
-        place = torch.arange(real.shape[1], device=real.device)
-        inside = real & (place >= start.unsqueeze(-1)) & (place < end.unsqueeze(-1))
-        return features, torch.where(inside.any(-1, keepdim=True), inside, real)
+    vectors: Float[Tensor, "channel token dim"]
+    weights: Float[Tensor, "channel token"]
+    lengths: Int[Tensor, " wording"]
+    threshold: Float[Tensor, ""]
 
 
 @final
@@ -68,54 +58,61 @@ class ScopeIndex:
 
     Args:
         head: What made them.
-        vectors: Unit vectors of the tokens of each edit's prompt.
-        weights: Their weights.
+        edits: The keys of each edit, one edit at least.
     """
 
-    def __init__(
-        self,
-        head: ScopeHead,
-        vectors: Sequence[Float[Tensor, "channel token dim"]],
-        weights: Sequence[Float[Tensor, "channel token"]],
-    ):
+    def __init__(self, head: Judge, edits: Sequence[EditKeys]):
         self._head = head
-        lengths = torch.tensor([one.shape[1] for one in weights])
-        self._vectors, self._weights = torch.cat(list(vectors), 1), torch.cat(list(weights), 1)
-        self._owner = torch.arange(len(lengths)).repeat_interleave(lengths).to(self._weights.device)
-        self.n_edits = len(lengths)
+        self._vectors = torch.cat([one.vectors for one in edits], 1)
+        self._weights = torch.cat([one.weights for one in edits], 1)
+        device = self._weights.device
+        lengths = torch.cat([one.lengths for one in edits])
+        self._wording = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+        n_wordings = torch.tensor([len(one.lengths) for one in edits], device=device)
+        self._edit = torch.arange(len(edits), device=device).repeat_interleave(n_wordings)
+        self.thresholds = torch.stack([one.threshold for one in edits])
 
     @torch.no_grad()
     def log_probability(
         self, vectors: Float[Tensor, "channel row token dim"], asked: Bool[Tensor, "row token"]
     ) -> Float[Tensor, "row edit"]:
-        """How sure it is of every prompt and edit that the one is about the other; at most zero."""
+        """How sure the head is of every prompt and edit that the one is about the other; at most zero.
+
+        Args:
+            vectors: Of the tokens of prompts.
+            asked: Which of them count; one of each prompt at least.
+        """
         n_rows, n_tokens = asked.shape
-        scores = vectors.new_zeros(len(CHANNELS), n_rows, self.n_edits)
+        scores = vectors.new_zeros(len(vectors), n_rows, len(self._edit))
         step = max(1, _AT_ONCE // (n_rows * n_tokens))
-        for start in range(0, len(self._owner), step):
+        for start in range(0, len(self._wording), step):
             piece = slice(start, start + step)
-            for channel in range(len(CHANNELS)):
-                cosines = vectors[channel] @ self._vectors[channel, piece].T
+            for channel, of_channel in enumerate(vectors):
+                cosines = of_channel @ self._vectors[channel, piece].T
                 best = cosines.masked_fill_(~asked.unsqueeze(-1), _EXCLUDED).amax(1)
-                scores[channel].index_add_(1, self._owner[piece], best * self._weights[channel, piece])
-        return self._head.log_probability(scores)
+                scores[channel].index_add_(1, self._wording[piece], best * self._weights[channel, piece])
+        of_wordings = self._head.log_probability(scores)
+        found = of_wordings.new_full((n_rows, len(self.thresholds)), -torch.inf)
+        return found.scatter_reduce(1, self._edit.expand(n_rows, -1), of_wordings, "amax")
 
+    def find(
+        self,
+        vectors: Float[Tensor, "channel row token dim"],
+        asked: Bool[Tensor, "row token"],
+        only: Int[Tensor, " row"] | None = None,
+    ) -> Int[Tensor, " row"]:
+        """The likeliest edit of each prompt among those above their threshold; -1 where there is none.
 
-def best_above(
-    log_probability: Float[Tensor, "row edit"],
-    thresholds: Float[Tensor, " edit"],
-    only: Int[Tensor, " row"] | None = None,
-) -> Int[Tensor, " row"]:
-    """The likeliest edit of each row among those above their threshold; -1 where there is none.
+        Of equals it is the latest.
 
-    Args:
-        log_probability: Of every row and edit.
-        thresholds: Of every edit.
-        only: The one edit that a row may have; None for any.
-    """
-    passing = log_probability > thresholds
-    if only is not None:
-        chosen = torch.zeros_like(passing).scatter(1, only.unsqueeze(-1), True)
-        passing = passing & chosen
-    best = log_probability.masked_fill(~passing, -torch.inf).max(-1)
-    return torch.where(best.values > -torch.inf, best.indices, -1)
+        Args:
+            vectors: Of the tokens of prompts.
+            asked: Which of them count.
+            only: The one edit that a prompt may be about; None for any.
+        """
+        found = self.log_probability(vectors, asked)
+        passing = found > self.thresholds
+        if only is not None:
+            passing = passing & torch.zeros_like(passing).scatter(1, only.unsqueeze(-1), True)
+        best = found.masked_fill(~passing, -torch.inf).flip(1).max(1)
+        return torch.where(passing.any(1), len(self.thresholds) - 1 - best.indices, -1)
