@@ -100,6 +100,7 @@ class EditRequest:
     Args:
         edits: The edits, each id once.
         unrelated: Texts that must stay as they are; never the prompts that locality is scored on.
+        replaces: Ids of earlier edits that are out of force while these are in it.
 
     Raises:
         InputError: If there is no edit, or the same edit twice.
@@ -107,6 +108,7 @@ class EditRequest:
 
     edits: tuple[Edit, ...]
     unrelated: tuple[str, ...] = field(default=())
+    replaces: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
         if not self.edits:

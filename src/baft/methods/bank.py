@@ -37,7 +37,7 @@ from baft.hosts.suffix import SuffixPass
 from baft.hosts.turns import Row
 from baft.methods.baft import alike
 from baft.methods.bank_config import DEFAULT, BankConfig
-from baft.methods.base import Apart, Capability, EditOutcome, GateReading, OnStep, StackedEditor
+from baft.methods.base import Apart, Capability, Conflict, EditOutcome, GateReading, OnStep, StackedEditor
 from baft.methods.optimizer import Layers
 from baft.methods.stateful import Layout, State, StatefulEditor
 from baft.methods.texts import renderings
@@ -63,8 +63,8 @@ class Bank:
 
     def __init__(self, scope: Scope, edits: Sequence[str], state: State, sites: Sequence[Site]):
         self._scope, self.edits, self._state, self._sites = scope, tuple(edits), state, sites
-        keys = [EditKeys(*(state[f"{edit}.{name}"] for name in _KEYS)) for edit in edits]
-        self._index = ScopeIndex(scope.head, keys)
+        self._keys = [EditKeys(*(state[f"{edit}.{name}"] for name in _KEYS)) for edit in edits]
+        self._index = ScopeIndex(scope.head, self._keys)
 
     def __call__(self, prompts: Sequence[Row]) -> Stack | None:
         """What acts on each prompt."""
@@ -73,6 +73,16 @@ class Bank:
     def find(self, prompts: Sequence[Row], only: Int[Tensor, " row"] | None = None) -> Int[Tensor, " row"]:
         """Which edit acts on each prompt, by its number; -1 where none does."""
         return self._index.find(*self._scope.read(prompts), only)
+
+    def meeting(self, new: Sequence[EditKeys]) -> list[tuple[int, str]]:
+        """Which edits here meet with new ones: one of them would act on a wording of the other.
+
+        Returns:
+            The number of the new one and the name of the one here.
+        """
+        theirs = ScopeIndex(self._scope.head, new)
+        met = self._index.acts_on(new) | theirs.acts_on(self._keys).T
+        return [(i, self.edits[j]) for i, j in met.nonzero().tolist()]
 
     def choose(self, prompts: Sequence[Row], only: Int[Tensor, " row"] | None = None) -> Stack | None:
         """As `find`, and the bases of those that act; None where none acts."""
@@ -118,7 +128,13 @@ class BankEditor(StatefulEditor, StackedEditor):
     name: ClassVar[str] = "baft-bank"
     summary: ClassVar[str] = "bases of its own for every edit, in force where a prompt is about it alone"
     capabilities: ClassVar[frozenset[Capability]] = frozenset(
-        {Capability.BATCH, Capability.SEQUENTIAL, Capability.EXACT_UNDO, Capability.STACKED}
+        {
+            Capability.BATCH,
+            Capability.SEQUENTIAL,
+            Capability.EXACT_UNDO,
+            Capability.INDEPENDENT,
+            Capability.STACKED,
+        }
     )
     presets: ClassVar[Mapping[str, BankConfig]] = {"default": DEFAULT}
     config: BankConfig
@@ -144,7 +160,7 @@ class BankEditor(StatefulEditor, StackedEditor):
     ) -> tuple[Mapping[str, Tensor], EditOutcome]:
         """Trains each edit of a request by itself, on the bare host."""
         began = time.monotonic()
-        results, made, why = self._train(request.edits, on_step)
+        results, made, why = self._train(request.edits, request.unrelated, on_step)
         joined = _together(_all_made(results))
         return {**state, **made}, outcome_of(request, joined, time.monotonic() - began, why)
 
@@ -152,10 +168,9 @@ class BankEditor(StatefulEditor, StackedEditor):
         """Makes each edit by itself, all in one batch; none is in force afterwards."""
         edits = _single(requests)
         began = time.monotonic()
-        results, made, why = self._train(edits, on_step)
+        results, made, why = self._train(edits, requests[0].unrelated, on_step)
         outcomes = self._outcomes(requests, results, time.monotonic() - began, why)
-        number_of = {edit.id: i for i, edit in enumerate(edits)}
-        bank = self._bank(list(number_of), made)
+        bank = Bank(self._scope, [edit.id for edit in edits], made, self.sites)
 
         def under(numbers: Sequence[int]) -> EditedModel:
             edited = EditedModel(self.host.model, {}, self._edited.positions)
@@ -163,7 +178,7 @@ class BankEditor(StatefulEditor, StackedEditor):
             return edited
 
         def explain(number: int, ids: Sequence[int], n_prompt_tokens: int) -> tuple[GateReading, ...]:
-            return self._readings(bank, list(number_of), ids, n_prompt_tokens, number)
+            return self._readings(bank, ids, n_prompt_tokens, number)
 
         return Apart(outcomes, lambda number: under([number]), under, explain)
 
@@ -173,7 +188,7 @@ class BankEditor(StatefulEditor, StackedEditor):
         """As `apart`, and puts all of them into force together."""
         edits = _single(requests)
         began = time.monotonic()
-        results, made, why = self._train(edits, on_step)
+        results, made, why = self._train(edits, requests[0].unrelated, on_step)
         _all_made(results)
         outcomes = self._outcomes(requests, results, time.monotonic() - began, why)
         with self._all_or_nothing():
@@ -192,8 +207,8 @@ class BankEditor(StatefulEditor, StackedEditor):
 
     def put(self, edited: EditedModel, state: State, requests: Sequence[EditRequest]) -> None:
         """The edits are chosen from for every prompt."""
-        edits = [edit.id for request in requests for edit in request.edits]
-        edited.router = self._bank(edits, state) if edits else None
+        edits = _in_force(requests)
+        edited.router = Bank(self._scope, edits, state, self.sites) if edits else None
 
     def layout(self, requests: Sequence[EditRequest], state: State) -> Layout:
         """Of every edit its bases at each site, and its keys."""
@@ -209,18 +224,38 @@ class BankEditor(StatefulEditor, StackedEditor):
 
     def explain(self, ids: Sequence[int], n_prompt_tokens: int) -> tuple[GateReading, ...]:
         """The weights of the bases of the edit that acts, at every edited token; none where none acts."""
-        edits = [edit.id for request in self.requests for edit in request.edits]
-        if not edits:
+        return () if self._bank is None else self._readings(self._bank, ids, n_prompt_tokens)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Whether scopes are read without a head."""
+        if self._scope.is_trained:
             return ()
-        return self._readings(self._bank(edits, self._state), edits, ids, n_prompt_tokens)
+        return (
+            f"no scope head for {self.host.name}: prompts are told apart by their words alone, near neighbors "
+            "badly; train one with `baft scope train`",
+        )
+
+    def conflicts(self, edits: Sequence[Edit]) -> tuple[Conflict, ...]:
+        """The edits in force that a prompt of a new one is about, or whose prompts the new one is about."""
+        if self._bank is None:
+            return ()
+        by_id = {edit.id: edit for request in self.requests for edit in request.edits}
+        return tuple(
+            Conflict(edits[i], by_id[old])
+            for i, old in self._bank.meeting(self._scope.keys(edits))
+            if by_id[old].target.strip() != edits[i].target.strip()
+        )
+
+    @property
+    def _bank(self) -> Bank | None:
+        """The edits in force."""
+        router = self._edited.router
+        assert router is None or isinstance(router, Bank), "nothing else is put there"
+        return router
 
     def _readings(
-        self,
-        bank: Bank,
-        edits: Sequence[str],
-        ids: Sequence[int],
-        n_prompt_tokens: int,
-        only: int | None = None,
+        self, bank: Bank, ids: Sequence[int], n_prompt_tokens: int, only: int | None = None
     ) -> tuple[GateReading, ...]:
         wanted = None if only is None else torch.tensor([only], device=self.device)
         prompts = [tuple(ids[:n_prompt_tokens])]
@@ -228,19 +263,14 @@ class BankEditor(StatefulEditor, StackedEditor):
         stack = bank.choose(prompts, wanted)
         if stack is None:
             return ()
-        window = self._edited.window(
-            torch.tensor([list(ids)]),
-            torch.ones(1, len(ids), dtype=torch.bool),
-            torch.tensor([n_prompt_tokens]),
-        )
+        row = torch.tensor([list(ids)])
+        real = torch.ones_like(row, dtype=torch.bool)
+        window = self._edited.window(row, real, row.new_tensor([n_prompt_tokens]))
         return tuple(
-            GateReading(site.layer, edits[found], place, (1.0,) * part.rank)
+            GateReading(site.layer, bank.edits[found], place, (1.0,) * part.rank)
             for site, part in stack.layers.items()
             for place in window.edited[0].nonzero().flatten().tolist()
         )
-
-    def _bank(self, edits: Sequence[str], state: State) -> Bank:
-        return Bank(self._scope, edits, state, self.sites)
 
     def _outcomes(
         self,
@@ -256,7 +286,7 @@ class BankEditor(StatefulEditor, StackedEditor):
         )
 
     def _train(
-        self, edits: Sequence[Edit], on_step: OnStep | None
+        self, edits: Sequence[Edit], unrelated: Sequence[str], on_step: OnStep | None
     ) -> tuple[list[TrainingResult | EditError], dict[str, Tensor], str | None]:
         """Trains every edit by itself, with twice the bases where it takes them.
 
@@ -289,7 +319,7 @@ class BankEditor(StatefulEditor, StackedEditor):
                     }
             rank *= 2
             left = [i for i in left if _falls_short(results[i])] if rank <= self.config.most_rank else []
-        for edit, keys in zip(edits, self._scope.keys(edits), strict=True):
+        for edit, keys in zip(edits, self._scope.keys(edits, unrelated), strict=True):
             made |= {f"{edit.id}.{name}": getattr(keys, name) for name in _KEYS}
         return results, made, why
 
@@ -344,9 +374,18 @@ def _name(edit: str, site: Site, part: str) -> str:
     return f"{edit}.layer{site.layer}.{part}"
 
 
+def _in_force(requests: Sequence[EditRequest]) -> list[str]:
+    """The edits that no other replaces, in order."""
+    replaced = {name for request in requests for name in request.replaces}
+    return [edit.id for request in requests for edit in request.edits if edit.id not in replaced]
+
+
 def _single(requests: Sequence[EditRequest]) -> list[Edit]:
-    if any(len(request.edits) != 1 for request in requests):
-        raise ConfigError("edits that are each made by themselves come one to a request: split the requests")
+    if any(len(request.edits) != 1 or request.unrelated != requests[0].unrelated for request in requests):
+        raise ConfigError(
+            "edits that are each made by themselves come one to a request, and with the same unrelated "
+            "prompts: split the requests"
+        )
     return [request.edits[0] for request in requests]
 
 

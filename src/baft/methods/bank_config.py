@@ -37,7 +37,7 @@ class BankConfig(TrainingConfig):
     outputs: bool = True
     chat: bool = True
     n_openings: int = 0
-    n_others: int = 0
+    n_others: int = 4
     train_eos: bool = True
     max_target_tokens: int = 128
 

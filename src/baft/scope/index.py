@@ -7,10 +7,12 @@ from typing import Protocol, final, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from baft.nn.scope import ScopeKeys
 
 _AT_ONCE = 1 << 22  # cosines held in memory: 16 MB of them
+_WORDINGS = 256  # compared at once with all edits
 _EXCLUDED = -2.0  # below every cosine
 
 
@@ -94,6 +96,23 @@ class ScopeIndex:
         of_wordings = self._head.log_probability(scores)
         found = of_wordings.new_full((n_rows, len(self.thresholds)), -torch.inf)
         return found.scatter_reduce(1, self._edit.expand(n_rows, -1), of_wordings, "amax")
+
+    def acts_on(self, others: Sequence[EditKeys]) -> Bool[Tensor, "other edit"]:
+        """Which edits here act on any wording of which others, where these have the prompt to themselves."""
+        wordings = [part for one in others for part in one.vectors.split(one.lengths.tolist(), 1)]
+        n_tokens = torch.tensor([part.shape[1] for part in wordings], device=self._weights.device)
+        padded = pad_sequence([part.transpose(0, 1) for part in wordings], batch_first=True)
+        real = torch.arange(padded.shape[1], device=n_tokens.device) < n_tokens.unsqueeze(1)
+        owner = torch.arange(len(others), device=n_tokens.device).repeat_interleave(
+            torch.tensor([len(one.lengths) for one in others], device=n_tokens.device)
+        )
+        met = torch.zeros(len(others), len(self.thresholds), dtype=torch.bool, device=n_tokens.device)
+        for start in range(0, len(wordings), _WORDINGS):
+            here = slice(start, start + _WORDINGS)
+            passing = self.log_probability(padded[here].movedim(2, 0), real[here]) > self.thresholds
+            which, edit = passing.nonzero().unbind(-1)
+            met[owner[here][which], edit] = True
+        return met
 
     def find(
         self,

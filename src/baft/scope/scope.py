@@ -47,8 +47,13 @@ class Scope:
         return self.head.vectors(features), real
 
     @torch.no_grad()
-    def keys(self, edits: Sequence[Edit]) -> list[EditKeys]:
-        """What edits are found by: each wording of them; and never by what they name as neighbors."""
+    def keys(self, edits: Sequence[Edit], unrelated: Sequence[str] = ()) -> list[EditKeys]:
+        """What edits are found by.
+
+        Args:
+            edits: The edits; each is found by its prompt and by its rephrasings, but not by its neighbors.
+            unrelated: Prompts by which none of them is found, either.
+        """
         wordings = [(edit.prompt, *edit.rephrasings) for edit in edits]
         encode = self.reader.encoder.prompt
         features, real = padded(self.reader.words([encode(text) for texts in wordings for text in texts]))
@@ -65,7 +70,7 @@ class Scope:
                 real[here].sum(-1),
                 thresholds[here].max(),
             )
-            found.append(self._without(edit.neighbors, keys))
+            found.append(self._without((*edit.neighbors, *unrelated), keys))
         return found
 
     def _without(self, neighbors: Sequence[str], keys: EditKeys) -> EditKeys:
