@@ -232,8 +232,8 @@ class BankEditor(StatefulEditor, StackedEditor):
         if self._scope.is_trained:
             return ()
         return (
-            f"no scope head for {self.host.name}: prompts are told apart by their words alone, near neighbors "
-            "badly; train one with `baft scope train`",
+            f"no scope head for {self.host.name}: prompts are told apart by their words alone, near "
+            "neighbors badly; train one with `baft scope train`",
         )
 
     def conflicts(self, edits: Sequence[Edit]) -> tuple[Conflict, ...]:
