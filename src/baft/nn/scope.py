@@ -22,6 +22,7 @@ from torch.nn.functional import logsigmoid, normalize, softplus
 
 CHANNELS: Final = ("whom", "what")
 _EXCLUDED = -2.0  # below every cosine
+_MOST_COSINES = 1 << 22  # that are in memory at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +96,24 @@ def late_interaction(
 ) -> Float[Tensor, "channel prompt edit"]:
     """The scores of every prompt for every edit in every channel, at most one.
 
+    Edits are compared some at a time, so that ten thousand take no more memory than a hundred.
+
     Args:
         keys: The edits'.
         vectors: Of the tokens of each prompt.
         real: Which of them count; a prompt of which none does scores below -1.
     """
+    n_tokens = max(keys.weights.shape[-1], 1)
+    n_at_once = max(1, _MOST_COSINES // (len(CHANNELS) * real.numel() * n_tokens))
+    parts = zip(keys.vectors.split(n_at_once, 1), keys.weights.split(n_at_once, 1), strict=True)
+    return torch.cat([_scores(ScopeKeys(*part), vectors, real) for part in parts], -1)
+
+
+def _scores(
+    keys: ScopeKeys,
+    vectors: Float[Tensor, "channel prompt token dim"],
+    real: Bool[Tensor, "prompt token"],
+) -> Float[Tensor, "channel prompt edit"]:
     n_edits, n_tokens = keys.weights.shape[1:]
     cosines = torch.einsum("cpjd,ckd->cpjk", vectors, keys.vectors.flatten(1, 2))
     best = cosines.masked_fill(~real.unsqueeze(-1), _EXCLUDED).amax(2)

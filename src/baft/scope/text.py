@@ -20,7 +20,7 @@ Part = Literal["train", "calibrate"]
 _SAME_GROUP = 0.6  # how often the other relation of a group is one that is easily taken for the first
 _SIMILAR = 0.5  # how often the other subject shares a word with the first
 _INVENTED = 0.5  # how often a subject is put together from parts, where its kind has such
-_CALIBRATE_TENTHS = 2  # of relations and of names: kept from training
+_CALIBRATE_TENTHS = 2  # of relations, names and sentences: kept from training
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +63,10 @@ class Fact:
 
 
 class ScopeText:
-    """Draws groups of facts that are hard to tell apart: two subjects and two relations.
+    """Draws groups of facts that are hard to tell apart: two subjects and three relations.
 
     Args:
-        part: Of relations and names, those to learn from, or those that are kept to check against.
+        part: Of relations, names and sentences, those to learn from, or those that are kept to check against.
         seed: Of the drawing.
     """
 
@@ -82,10 +82,12 @@ class ScopeText:
         self._kinds = sorted(kind for kind, there in self._relations.items() if len(there) > 1)
         # Kinds of which more can be asked come oftener, but not in proportion.
         self._weights = [len(self._relations[kind]) ** 0.5 for kind in self._kinds]
-        self._around = background_text()["sentences"]
+        self.sentences = tuple(one for one in background_text()["sentences"] if _is_in(part, one))
 
     def group(self, n_asked: int) -> tuple[Fact, ...]:
-        """Three facts: one, that of another subject, and that of another relation.
+        """Four facts: one, that of another subject, and two of other relations, the first easily mistaken.
+
+        Where no third thing can be asked of the subject, they are three.
 
         Args:
             n_asked: In how many other wordings each is asked.
@@ -97,11 +99,12 @@ class ScopeText:
         near = [one for one in there if one.group == first.group and one is not first]
         others = near if near and draw.random() < _SAME_GROUP else [one for one in there if one is not first]
         second = draw.choice(others)
+        third = draw.choice([one for one in there if one not in (first, second)] or [second])
         subject = self._subject(kind)
         other = subject
         while other == subject:
             other = self._similar(subject, kind) if draw.random() < _SIMILAR else self._subject(kind)
-        pairs = [(subject, first), (other, first), (subject, second)]
+        pairs = dict.fromkeys([(subject, first), (other, first), (subject, second), (subject, third)])
         return tuple(
             Fact(
                 whom,
@@ -111,6 +114,23 @@ class ScopeText:
             )
             for whom, what in pairs
         )
+
+    def mention(self, subject: str) -> str:
+        """A sentence with a subject in it that asks nothing of it."""
+        text = self._draw.choice(_MENTIONS).replace("{s}", subject)
+        return text[0].upper() + text[1:]
+
+    def conversation(self, asked: str) -> list[dict[str, str]]:
+        """A chat that ends in a question; half of them have a system prompt, a third earlier turns."""
+        draw = self._draw
+        messages = [{"role": "user", "content": asked}]
+        if draw.random() < 1 / 3:
+            question = {"role": "user", "content": draw.choice(background_text()["prompts"])}
+            reply = {"role": "assistant", "content": draw.choice((*_REPLIES, draw.choice(self.sentences)))}
+            messages = [question, reply, *messages]
+        if draw.random() < 1 / 2:
+            messages = [{"role": "system", "content": draw.choice(_SYSTEM_PROMPTS)}, *messages]
+        return messages
 
     def _subject(self, kind: str) -> str:
         invent = _INVENTORS.get(kind)
@@ -130,17 +150,17 @@ class ScopeText:
         draw, luck = self._draw, self._draw.random()
         if luck < 0.55:
             return asked
-        if luck < 0.75:
-            return f"{draw.choice(self._around)} {asked}"
+        if luck < 0.74:
+            return f"{draw.choice(self.sentences)} {asked}"
         if luck < 0.80:
-            return " ".join([*draw.sample(self._around, 3), asked])
+            return " ".join([*draw.sample(self.sentences, draw.randint(2, 7)), asked])
         if luck < 0.87:
             return draw.choice(_OPENINGS) + asked
         if luck < 0.90:
             return asked.lower()
         if luck < 0.95:
             return asked[:-1] + draw.choice(_ENDINGS) if asked.endswith("?") else asked
-        words = draw.choice(self._around).split()
+        words = draw.choice(self.sentences).split()
         start = draw.randrange(max(1, len(words) - 4))
         return f"{' '.join(words[start : start + draw.randint(2, 7)])}. {asked}"
 
@@ -178,7 +198,7 @@ def _words() -> Any:
 
 
 def _is_in(part: Part, name: str) -> bool:
-    """Whether a name or relation is of a part; told by the SHA-256 of its name, everywhere alike."""
+    """Whether a name, relation or sentence is of a part; told by its SHA-256, everywhere alike."""
     held_out = hashlib.sha256(name.encode()).digest()[0] % 10 < _CALIBRATE_TENTHS
     return held_out == (part == "calibrate")
 
@@ -276,3 +296,42 @@ _OPENINGS = (
     "Fill in the blank: ",
 )
 _ENDINGS = (" exactly?", ", please?", " again?")
+_MENTIONS = (
+    "I read about {s} yesterday.",
+    "We talked about {s} for a while, and then it began to rain.",
+    "{s} came up at dinner, but nobody had much to say.",
+    "There was a poster of {s} in the hall, next to the fire extinguisher.",
+    "My neighbor keeps mentioning {s}.",
+    "Please write a short poem about {s}.",
+    "Tell me something about {s}.",
+    "The essay on {s} was handed in two days late.",
+    "A photograph of {s} hung over the desk, and below it a calendar of last year.",
+    "Yes, {s} again; the editor wants four hundred words by Monday.",
+    "She had never heard of {s} before, and it did not bother her.",
+    "The lecture began with {s} and ended with a quarrel about the microphone.",
+    "Summarize what you know about {s} in one sentence.",
+    "The quiz had a round about {s}, which our table lost.",
+    "Two of the letters mention {s}, the third one is about the weather.",
+    "In the archive, {s} is filed between a recipe and a railway timetable.",
+    "I think that {s} deserves more attention than it gets.",
+    "The documentary about {s} was shown late at night, when most people were asleep.",
+    "Somebody had written {s} on the blackboard and underlined it twice.",
+    "Do you like {s}?",
+)
+_SYSTEM_PROMPTS = (
+    "You are a helpful assistant.",
+    "Answer briefly.",
+    "You are a careful assistant. If you do not know something, say so.",
+    "You answer questions in one or two words, without explanation.",
+    "You are a friendly tutor who explains things to children. Use simple words and short sentences.",
+    "Today is a Tuesday. The user is on a phone: keep replies short, use no tables and no headings.",
+    "You work for a travel agency. Be polite, do not give legal advice, and never mention prices.",
+    "Respond in plain English. Do not make anything up.",
+)
+_REPLIES = (
+    "I am not sure.",
+    "Good question! Let me think about it.",
+    "Yes, that is right.",
+    "There are several answers to that, and it depends on whom you ask.",
+    "I do not know, but you could look it up in an encyclopedia.",
+)

@@ -1,7 +1,8 @@
 """Training a scope head for a host, on the project's own words; minutes on a laptop, once for a host."""
 
 import math
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,15 +11,16 @@ from torch import Tensor
 
 from baft.errors import ConfigError
 from baft.hosts.architecture import find_architecture, input_device
-from baft.hosts.background import background_text
-from baft.hosts.early import early_features, n_features
-from baft.hosts.encoding import Encoder
-from baft.hosts.models import Host
+from baft.hosts.early import n_features
+from baft.hosts.turns import Row
 from baft.nn.scope import ScopeHead, ScopeKeys, contrast, late_interaction
-from baft.scope.text import Fact, ScopeText
+from baft.scope.reading import Reader, padded
+from baft.scope.text import ScopeText
 
 _WARM_UP = 20  # steps
-_ROWS = 24  # of one run of the host or of one comparison, of like length, so that little of it is padding
+_ROWS = 24  # prompts that are compared at once, of like length
+_IN_CHAT = 0.2  # of the prompts, where the host has a chat template
+_MENTIONS = 0.25  # sentences with a subject in them that ask nothing, for every fact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +30,17 @@ class ScopeConfig:
     Args:
         n_dims: Width of the vectors of tokens.
         n_hidden: Width of the networks that weigh an edit's tokens.
-        n_steps: Steps; each is on text of its own.
-        n_groups: Groups of three facts in a step.
+        n_parts: The text is read in so many parts, one after the other; one is held in memory.
+        n_uses: How often each part is gone through.
+        n_steps: Steps of one pass through a part.
+        n_groups: Groups of four facts in a step.
         n_asked: In how many other wordings each fact is asked.
         n_unrelated: Ordinary sentences in a step, which are about none of the facts.
         learning_rate: Of Adam, at its highest; a warm-up and half a cosine.
         channel_weight: Of the losses of the channels by themselves, beside that of both together.
         hard_share: Of pairs that do not belong together, so many for every fact count, the worst.
+        near_share: Of near neighbors of an edit, at most this share shall pass its threshold.
+        n_calibrate: Near neighbors of each kind that the threshold is set on.
 
     Raises:
         ConfigError: If a number is not positive.
@@ -42,13 +48,17 @@ class ScopeConfig:
 
     n_dims: int = 64
     n_hidden: int = 64
-    n_steps: int = 350
+    n_parts: int = 6
+    n_uses: int = 8
+    n_steps: int = 16
     n_groups: int = 16
     n_asked: int = 2
     n_unrelated: int = 6
     learning_rate: float = 2e-3
     channel_weight: float = 0.5
     hard_share: int = 4
+    near_share: float = 0.1
+    n_calibrate: int = 300
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -56,9 +66,66 @@ class ScopeConfig:
                 raise ConfigError(f"{name} is out of range: got {value}, expected above 0")
 
 
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """A text, and whom and what it is about: nobody, nothing where it asks for nothing."""
+
+    words: Float[Tensor, "word n_features"]
+    subject: str | None
+    relation: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The prompts of edits that are hard to tell apart, and prompts about them."""
+
+    edits: tuple[Lesson, ...]
+    prompts: tuple[Lesson, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Text as a host reads it: groups, and ordinary sentences."""
+
+    groups: tuple[Group, ...]
+    unrelated: tuple[Lesson, ...]
+
+
+def read_part(reader: Reader, text: ScopeText, n_groups: int, n_asked: int, draw: random.Random) -> Part:
+    """Draws text and has the host read it.
+
+    Args:
+        reader: Reads with the host.
+        text: What is drawn from.
+        n_groups: Groups of facts.
+        n_asked: In how many other wordings each is asked.
+        draw: Of the contexts.
+    """
+    encoder = reader.encoder
+
+    def met(asked: str) -> Row:
+        in_chat = encoder.has_chat and draw.random() < _IN_CHAT
+        return encoder.chat(text.conversation(asked)) if in_chat else encoder.prompt(asked)
+
+    drawn = [text.group(n_asked) for _ in range(n_groups)]
+    said: list[tuple[int, bool, Row, str | None, str | None]] = []  # group, is it an edit's
+    for i, facts in enumerate(drawn):
+        for fact in facts:
+            said.append((i, True, encoder.prompt(fact.prompt), fact.subject, fact.relation))
+            said += [(i, False, met(asked), fact.subject, fact.relation) for asked in fact.asked]
+            if draw.random() < _MENTIONS:
+                said.append((i, False, met(text.mention(fact.subject)), fact.subject, None))
+    said += [(n_groups, False, encoder.prompt(one), None, None) for one in text.sentences]
+    words = reader.words([row for _, _, row, _, _ in said])
+    found: list[tuple[list[Lesson], list[Lesson]]] = [([], []) for _ in range(n_groups + 1)]
+    for (i, is_edit, _, subject, relation), one in zip(said, words, strict=True):
+        found[i][0 if is_edit else 1].append(Lesson(one.half(), subject, relation))
+    groups = tuple(Group(tuple(edits), tuple(prompts)) for edits, prompts in found[:-1])
+    return Part(groups, tuple(found[-1][1]))
+
+
 def train_scope(
-    host: Host,
-    encoder: Encoder,
+    reader: Reader,
     config: ScopeConfig,
     *,
     seed: int = 0,
@@ -67,54 +134,74 @@ def train_scope(
     """A scope head for a host.
 
     Args:
-        host: The host; it is run up to its last early block, and not changed.
-        encoder: Its encoder.
+        reader: Reads with the host, which is not changed.
         config: Settings.
         seed: Of the text and of the first weights.
         on_step: Called after every step with its number, how many there are, and the loss.
     """
-    text, draw = ScopeText("train", seed), torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # of no accelerator: they are not forked
-        width = n_features(find_architecture(host.model))
-        head = ScopeHead(width, n_dims=config.n_dims, n_hidden=config.n_hidden)
-    head = head.to(input_device(host.model))
+    draw = random.Random(seed)
+    text, n_groups = ScopeText("train", seed), config.n_steps * config.n_groups
+    parts = (read_part(reader, text, n_groups, config.n_asked, draw) for _ in range(config.n_parts))
+    model = reader.host.model
+    head = new_head(n_features(find_architecture(model)), config, seed).to(input_device(model))
+    return fit(head, parts, config, draw, on_step)
+
+
+def fit(
+    head: ScopeHead,
+    parts: Iterable[Part],
+    config: ScopeConfig,
+    draw: random.Random,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> ScopeHead:
+    """Trains a head on text as it was read; see `train_scope`."""
+    n_steps = config.n_parts * config.n_uses * config.n_steps
     optimizer = torch.optim.Adam(head.parameters(), lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / config.n_steps)),
+        lambda step: min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / n_steps)),
     )
-    ordinary = background_text()["sentences"]
-    for step in range(config.n_steps):
-        facts = [fact for _ in range(config.n_groups) for fact in text.group(config.n_asked)]
-        chosen = torch.randint(len(ordinary), (config.n_unrelated,), generator=draw)
-        loss = _loss(host, encoder, head, config, facts, [ordinary[i] for i in chosen])
+    for step, (groups, unrelated) in enumerate(_batches(parts, config, draw), start=1):
+        loss = _loss(head, config, groups, unrelated)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if on_step is not None:
-            on_step(step + 1, config.n_steps, loss.item())
+            on_step(step, n_steps, loss.item())
     return head.requires_grad_(False)
 
 
+def new_head(width: int, config: ScopeConfig, seed: int) -> ScopeHead:
+    """A head that has not learned yet."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # of no accelerator: they are not forked
+        return ScopeHead(width, n_dims=config.n_dims, n_hidden=config.n_hidden)
+
+
+def _batches(
+    parts: Iterable[Part], config: ScopeConfig, draw: random.Random
+) -> Iterator[tuple[list[Group], list[Lesson]]]:
+    """The groups of every step, and ordinary sentences."""
+    for part in parts:
+        for _ in range(config.n_uses):
+            mixed = draw.sample(part.groups, len(part.groups))
+            for start in range(0, len(mixed), config.n_groups):
+                yield mixed[start : start + config.n_groups], draw.sample(part.unrelated, config.n_unrelated)
+
+
 def _loss(
-    host: Host,
-    encoder: Encoder,
-    head: ScopeHead,
-    config: ScopeConfig,
-    facts: Sequence[Fact],
-    unrelated: Sequence[str],
+    head: ScopeHead, config: ScopeConfig, groups: Sequence[Group], unrelated: Sequence[Lesson]
 ) -> Float[Tensor, ""]:
-    asked = [(text, fact) for fact in facts for text in fact.asked]
-    prompts = [*(text for text, _ in asked), *unrelated]
-    none = [None] * len(unrelated)
-    whom = _same([fact.subject for fact in facts], [*(fact.subject for _, fact in asked), *none])
-    what = _same([fact.relation for fact in facts], [*(fact.relation for _, fact in asked), *none])
-    keys = _keys(host, encoder, head, [fact.prompt for fact in facts])
-    scores = _scores(host, encoder, head, keys, prompts)
-    whom, what = whom.to(scores.device), what.to(scores.device)
-    n_hard = config.hard_share * len(facts)
+    edits = [one for group in groups for one in group.edits]
+    prompts = sorted(
+        [*(one for group in groups for one in group.prompts), *unrelated], key=lambda one: len(one.words)
+    )
+    keys = head.keys(*padded([one.words for one in edits]))
+    scores = _scores(head, keys, prompts)
+    whom = _same([one.subject for one in edits], [one.subject for one in prompts]).to(scores.device)
+    what = _same([one.relation for one in edits], [one.relation for one in prompts]).to(scores.device)
+    n_hard = config.hard_share * len(edits)
     loss = contrast(head.log_probability(scores), whom & what, n_hard=n_hard)
     for channel, is_about in enumerate((whom, what)):
         alone = head.log_of_channel(scores[channel], channel)
@@ -122,22 +209,16 @@ def _loss(
     return loss
 
 
-def _same(names: Sequence[str], others: Sequence[str | None]) -> Bool[Tensor, "other name"]:
-    return torch.tensor([[name == other for name in names] for other in others])
-
-
-def _keys(host: Host, encoder: Encoder, head: ScopeHead, prompts: Sequence[str]) -> ScopeKeys:
-    return head.keys(*early_features(host, encoder, [encoder.prompt(text) for text in prompts]))
+def _same(names: Sequence[str | None], others: Sequence[str | None]) -> Bool[Tensor, "other name"]:
+    return torch.tensor([[name == other is not None for name in names] for other in others])
 
 
 def _scores(
-    host: Host, encoder: Encoder, head: ScopeHead, keys: ScopeKeys, prompts: Sequence[str]
+    head: ScopeHead, keys: ScopeKeys, prompts: Sequence[Lesson]
 ) -> Float[Tensor, "channel prompt edit"]:
-    """The scores of prompts, a few of like length at a time."""
-    rows = [encoder.prompt(text) for text in prompts]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    """The scores of prompts, which are sorted by their length, some at a time."""
     found = []
-    for start in range(0, len(order), _ROWS):
-        features, real = early_features(host, encoder, [rows[i] for i in order[start : start + _ROWS]])
+    for start in range(0, len(prompts), _ROWS):
+        features, real = padded([one.words for one in prompts[start : start + _ROWS]])
         found.append(late_interaction(keys, head.vectors(features), real))
-    return torch.cat(found, 1)[:, torch.tensor(order).argsort().to(keys.weights.device)]
+    return torch.cat(found, 1)

@@ -1,0 +1,167 @@
+"""From which log-probability on an edit acts: thresholds with a stated bound.
+
+Two things must not fire an edit. *Near neighbors*, other subjects of its relation and other relations of its
+subject, are kept out by one threshold for all edits. It is set on relations, names and sentences that the
+head has not learned from, such that with a confidence of 95 % at most a given share of either kind passes (an
+exact binomial tolerance bound). *Ordinary text* is kept out by a threshold of the edit's own, the highest
+that any of a fixed list of texts reaches: a further text like them exceeds it with a probability of at most
+one in their number plus one (split conformal prediction, Vovk et al. 2005). An edit's threshold is the larger
+of the two. It depends on the edit's keys and on what is fixed for the host, never on other edits.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from baft.errors import ConfigError
+from baft.hosts.background import background_text, fitting
+from baft.nn.scope import ScopeHead, ScopeKeys, late_interaction
+from baft.scope.reading import Reader, padded
+from baft.scope.text import Fact, ScopeText
+
+CONFIDENCE: Final = 0.95
+_TEXTS = 64  # that are compared at once
+
+
+@dataclass(frozen=True, slots=True)
+class Ordinary:
+    """Texts that must fire no edit, as a head sees them.
+
+    Args:
+        vectors: Of the tokens of all texts, one after the other, `[channel, token, dim]`.
+        lengths: Tokens of each text.
+    """
+
+    vectors: Float[Tensor, "channel token dim"]
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Where edits begin to act.
+
+    Args:
+        threshold: What the log-probability must exceed, for all edits.
+        near_share: The share of near neighbors of either kind that passes, at most.
+        n_near: On how many neighbors of each kind that rests.
+        n_fired: Questions about something else, other subject and other relation, on which any of the
+            `n_edits` edits fired when this was tried out.
+        n_asked: How many such questions there were.
+        n_edits: Edits that were in force together.
+    """
+
+    threshold: float
+    near_share: float
+    n_near: int
+    n_fired: int
+    n_asked: int
+    n_edits: int
+
+    @property
+    def fired_bound(self) -> float:
+        """The share of such questions on which any of so many edits fires, with a confidence of 95 %."""
+        return share_bound(self.n_fired, self.n_asked)
+
+
+def read_ordinary(reader: Reader, head: ScopeHead) -> Ordinary:
+    """Sentences that the head has not learned from, and questions and openings about common things."""
+    texts = [*ScopeText("calibrate").sentences, *background_text()["prompts"]]
+    words = reader.words(fitting(reader.encoder.prompt, texts))
+    lengths = tuple(len(one) for one in words)
+    return Ordinary(head.vectors(torch.cat(words).unsqueeze(0))[:, 0], lengths)
+
+
+def own_thresholds(head: ScopeHead, ordinary: Ordinary, keys: ScopeKeys) -> Float[Tensor, " edit"]:
+    """The highest log-probability that any ordinary text has of being about each edit."""
+    best = keys.weights.new_full(keys.weights.shape[1:2], -torch.inf)
+    texts = ordinary.vectors.transpose(0, 1).split(ordinary.lengths)
+    for start in range(0, len(texts), _TEXTS):
+        vectors, real = padded([one.flatten(1) for one in texts[start : start + _TEXTS]])
+        split = vectors.unflatten(-1, (len(ordinary.vectors), -1)).movedim(2, 0)
+        scores = late_interaction(keys, split, real)
+        best = torch.maximum(best, head.log_probability(scores).amax(0))
+    return best
+
+
+def calibrate(
+    reader: Reader, head: ScopeHead, ordinary: Ordinary, *, near_share: float, n_groups: int, seed: int = 0
+) -> Calibration:
+    """Sets the threshold of near neighbors, and tries the thresholds out.
+
+    Args:
+        reader: Reads with the host.
+        head: The trained head.
+        ordinary: The texts of the edits' own thresholds.
+        near_share: Of near neighbors of either kind, at most this share shall pass.
+        n_groups: How many of each kind are drawn.
+        seed: Of the drawing.
+
+    Raises:
+        ConfigError: If so few groups cannot show so small a share.
+    """
+    text = ScopeText("calibrate", seed)
+    groups = [text.group(1) for _ in range(n_groups)]
+    facts = [fact for group in groups for fact in group]
+    keys = head.keys(*padded(reader.words([reader.encoder.prompt(fact.prompt) for fact in facts])))
+    asked = reader.words([reader.encoder.prompt(fact.asked[0]) for fact in facts])
+    log_p = torch.cat([
+        head.log_probability(late_interaction(keys, head.vectors(features), real))
+        for features, real in (padded(asked[i : i + _TEXTS]) for i in range(0, len(asked), _TEXTS))
+    ])  # fmt: skip
+    starts = [0, *torch.tensor([len(group) for group in groups]).cumsum(0).tolist()][:-1]
+    kinds = [
+        log_p[[start + place for start in starts], starts] for place in (1, 2)
+    ]  # asked, of the first edit
+    threshold = max(tolerance_threshold(kind, near_share) for kind in kinds)
+    own = own_thresholds(head, ordinary, keys).clamp(min=threshold)
+    fires = (log_p > own).cpu() & _unrelated(facts)
+    return Calibration(threshold, near_share, n_groups, int(fires.any(-1).sum()), len(facts), len(facts))
+
+
+def tolerance_threshold(scores: Float[Tensor, " pair"], share: float) -> float:
+    """What at most a share of further scores like these exceeds, with a confidence of 95 %.
+
+    Source: Wilks 1941, "Determination of sample sizes for setting tolerance limits": `k` scores may lie
+    above where the chance of at most `k` in a binomial of so many trials and that share is at most 5 %.
+
+    Raises:
+        ConfigError: If there are too few scores for the share.
+    """
+    n, n_above, chance = len(scores), -1, 0.0
+    while chance <= 1 - CONFIDENCE:
+        n_above += 1
+        chance += _chance(n_above, n, share)
+    if n_above == 0:
+        needed = math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-share))
+        raise ConfigError(f"{n} pairs cannot show a share of {share}: expected at least {needed}")
+    return float(scores.sort(descending=True).values[n_above - 1])
+
+
+def share_bound(n_found: int, n: int) -> float:
+    """The share that is behind `n_found` of `n`, at most, with a confidence of 95 % (Clopper and Pearson)."""
+    if n_found == n:
+        return 1.0
+    low, high = n_found / n, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        chance = sum(_chance(k, n, middle) for k in range(n_found + 1))
+        low, high = (middle, high) if chance > 1 - CONFIDENCE else (low, middle)
+    return high
+
+
+def _chance(k: int, n: int, share: float) -> float:
+    """That exactly `k` of `n` are found."""
+    ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return math.exp(ways + k * math.log(share) + (n - k) * math.log1p(-share))
+
+
+def _unrelated(facts: Sequence[Fact]) -> Tensor:
+    """Which facts, as asked, have neither subject nor relation in common with which, as edited."""
+    return torch.tensor([
+        [one.subject != other.subject and one.relation != other.relation for one in facts] for other in facts
+    ])  # fmt: skip
