@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from baft.nn import scope as module
 from baft.nn.scope import ScopeHead, ScopeKeys, contrast, late_interaction
 
 N_FEATURES, DIM = 12, 5
@@ -72,6 +73,24 @@ def test_padding_changes_nothing(head, edits, prompts):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
     every = torch.ones_like(prompts[1])
     assert not torch.allclose(late_interaction(head.keys(*edits), head.vectors(other[1][0]), every), want)
+
+
+def test_edits_are_compared_some_at_a_time(head, edits, prompts, monkeypatch):
+    features, real = normal(40, 4, N_FEATURES, seed=2), torch.ones(40, 4).bool()
+    keys, vectors = head.keys(features, real), head.vectors(prompts[0])
+    want, sizes, einsum = late_interaction(keys, vectors, prompts[1]), [], torch.einsum
+
+    def counted(*args):
+        sizes.append((made := einsum(*args)).numel())
+        return made
+
+    monkeypatch.setattr(module, "_MOST_COSINES", 1000)
+    monkeypatch.setattr(torch, "einsum", counted)
+    torch.testing.assert_close(late_interaction(keys, vectors, prompts[1]), want, rtol=0, atol=1e-12)
+    assert len(sizes) == 4
+    assert max(sizes) <= 1000
+    none = ScopeKeys(keys.vectors[:, :0], keys.weights[:, :0])
+    assert late_interaction(none, vectors, prompts[1]).shape == (2, 2, 0)
 
 
 def test_an_edit_says_all_of_itself_and_text_around_it_costs_nothing(head, edits):

@@ -31,12 +31,14 @@ def test_names_are_there_once():
 def test_a_group_is_hard_to_tell_apart(part):
     text = ScopeText(part, seed=3)
     for _ in range(300):
-        one, whom, what = text.group(2)
+        group = text.group(2)
+        one, whom, *what = group
         assert one.relation == whom.relation
         assert one.subject != whom.subject
-        assert one.subject == what.subject
-        assert one.relation != what.relation
-        for fact in (one, whom, what):
+        assert len(what) in (1, 2)
+        assert {fact.subject for fact in what} == {one.subject}
+        assert len({one.relation, *(fact.relation for fact in what)}) == 1 + len(what)
+        for fact in group:
             assert fact.subject.lower() in fact.prompt.lower()
             assert len(fact.asked) == 2
             assert all(fact.subject.lower() in asked.lower() for asked in fact.asked)
@@ -49,5 +51,19 @@ def test_parts_have_nothing_in_common_and_drawing_is_told_by_the_seed():
     assert 0.1 < len(named[1]) / len(relations()) < 0.3
     for kind, there in train._names.items():
         assert not set(there) & set(check._names[kind])
+    assert train.sentences
+    assert not set(train.sentences) & set(check.sentences)
     drawn = [[ScopeText("train", seed).group(3) for _ in range(4)] for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_mentions_ask_nothing_and_conversations_end_in_the_question():
+    text = ScopeText("train")
+    said = {text.mention("the Amazon") for _ in range(100)}
+    assert len(said) > 10
+    assert all("the Amazon" in one or "The Amazon" in one for one in said)
+    chats = [text.conversation("Where is it?") for _ in range(200)]
+    assert all(chat[-1] == {"role": "user", "content": "Where is it?"} for chat in chats)
+    roles = {tuple(message["role"] for message in chat) for chat in chats}
+    turns = ("user", "assistant", "user")
+    assert roles == {("user",), ("system", "user"), turns, ("system", *turns)}

@@ -1,26 +1,32 @@
 """A head is trained on a tiny host: the same from the same seed, better than before."""
 
+import random
+
 import pytest
 import torch
 
 from baft.errors import ConfigError
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
-from baft.scope.training import ScopeConfig, _same, train_scope
-from tiny import tiny_host, tiny_tokenizer
+from baft.scope.reading import Reader, padded
+from baft.scope.text import ScopeText
+from baft.scope.training import ScopeConfig, _same, read_part, train_scope
+from tiny import CHATML, tiny_host, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
-def host():
-    return Host("tiny", tiny_host("llama", dtype=torch.float32), tiny_tokenizer(), "tiny")
+def reader():
+    model = tiny_host("llama", dtype=torch.float32, max_position_embeddings=4096)
+    host = Host("tiny", model, tiny_tokenizer(chat_template=CHATML), "tiny")
+    return Reader(host, Encoder(host.tokenizer))
 
 
-def trained(host, seed=0, **settings):
+def trained(reader, seed=0, **settings):
     losses = []
-    config = ScopeConfig(n_groups=3, n_dims=8, n_hidden=8, **settings)
+    sizes = {"n_groups": 2, "n_dims": 8, "n_hidden": 8, "n_parts": 2, "n_steps": 2, "n_uses": 6}
     state = torch.random.get_rng_state()
     head = train_scope(
-        host, Encoder(host.tokenizer), config, seed=seed, on_step=lambda *told: losses.append(told)
+        reader, ScopeConfig(**{**sizes, **settings}), seed=seed, on_step=lambda *told: losses.append(told)
     )
     assert torch.equal(torch.random.get_rng_state(), state)
     return head, losses
@@ -31,23 +37,59 @@ def fallen_to(losses):
     return last / first
 
 
-def test_training_learns_and_is_told_by_its_seed(host):
-    weights = {name: one.clone() for name, one in host.model.state_dict().items()}
-    head, losses = trained(host, n_steps=24, learning_rate=2e-2)
+def test_training_learns_and_is_told_by_its_seed(reader):
+    model = reader.host.model
+    weights = {name: one.clone() for name, one in model.state_dict().items()}
+    head, losses = trained(reader, learning_rate=2e-2)
     assert [told[:2] for told in losses] == [(i + 1, 24) for i in range(24)]
     assert fallen_to(losses) < 0.9
-    assert fallen_to(trained(host, n_steps=24, learning_rate=1e-9)[1]) > 0.95  # control: it is not the texts
+    assert fallen_to(trained(reader, learning_rate=1e-9)[1]) > 0.95  # control: it is not the texts
     assert not any(one.requires_grad for one in head.parameters())
-    assert all(torch.equal(one, weights[name]) for name, one in host.model.state_dict().items())
-    few = [trained(host, seed, n_steps=2)[0].state_dict() for seed in (0, 0, 1)]
+    assert all(torch.equal(one, weights[name]) for name, one in model.state_dict().items())
+    few = [trained(reader, seed, n_parts=1, n_uses=1)[0].state_dict() for seed in (0, 0, 1)]
     assert all(torch.equal(one, few[1][name]) for name, one in few[0].items())
     assert not all(torch.equal(one, few[2][name]) for name, one in few[0].items())
 
 
-def test_names_are_compared():
-    assert _same(["a", "b"], ["b", None, "a"]).tolist() == [[False, True], [False, False], [True, False]]
+def test_what_is_read_says_whom_and_what_it_is_about(reader):
+    part = read_part(reader, ScopeText("train"), 12, 2, random.Random(0))
+    assert len(part.groups) == 12
+    assert len(part.unrelated) == len(ScopeText("train").sentences)
+    assert {(one.subject, one.relation) for one in part.unrelated} == {(None, None)}
+    for group in part.groups:
+        facts = {(one.subject, one.relation) for one in group.edits}
+        assert len(facts) == len(group.edits)
+        assert facts == {(one.subject, one.relation) for one in group.prompts if one.relation is not None}
+    assert any(one.subject and not one.relation for group in part.groups for one in group.prompts)
+
+
+def test_names_are_compared_and_nobody_is_not_nobody():
+    found = _same(["a", "b", None], ["b", None, "a"]).tolist()
+    assert found == [[False, True, False], [False, False, False], [True, False, False]]
 
 
 def test_settings_are_checked():
     with pytest.raises(ConfigError, match=r"n_steps is out of range: got 0, expected above 0"):
         ScopeConfig(n_steps=0)
+
+
+def test_the_words_of_the_last_turn_are_read_in_their_context(reader):
+    encoder = reader.encoder
+    turns = [("system", "Be kind."), ("user", "One?"), ("assistant", "Two."), ("user", "Three?")]
+    chat = encoder.chat([{"role": role, "content": content} for role, content in turns])
+    raw, other = encoder.prompt("Three?"), encoder.prompt("And a longer one")
+    in_chat, alone, longer = reader.words([chat, raw, other])
+    assert len(in_chat) == len(alone) == len(encoder.inner("Three?"))
+    assert len(longer) == len(encoder.inner("And a longer one"))
+    assert not torch.allclose(in_chat, alone, atol=1e-3)
+    for row, want in ((chat, in_chat), (raw, alone), (other, longer)):
+        torch.testing.assert_close(reader.words([row])[0], want, rtol=0, atol=1e-5)
+
+
+def test_texts_are_padded():
+    texts = [torch.ones(2, 3), torch.full((4, 3), 2.0, dtype=torch.float16)]
+    features, real = padded(texts)
+    assert features.shape == (2, 4, 3)
+    assert features.dtype == torch.float32
+    assert real.tolist() == [[True, True, False, False], [True] * 4]
+    assert features.sum(-1).tolist() == [[3.0, 3.0, 0.0, 0.0], [6.0] * 4]

@@ -1,12 +1,12 @@
 """From which log-probability on an edit acts: thresholds with a stated bound.
 
 Two things must not fire an edit. *Near neighbors*, other subjects of its relation and other relations of its
-subject, are kept out by one threshold for all edits: it is set on relations, names and sentences that the head
-has not learned from, such that with a confidence of 95 % at most a given share of either kind passes (an exact
-binomial tolerance bound). *Ordinary text* is kept out by a threshold of the edit's own, the highest that any
-of a fixed list of texts reaches: a further text like them exceeds it with a probability of at most one in
-their number plus one (split conformal prediction, Vovk et al. 2005). An edit's threshold is the larger of the
-two. It depends on the edit's keys and on what is fixed for the host, never on other edits.
+subject, are kept out by one threshold for all edits. It is set on relations, names and sentences that the
+head has not learned from, such that with a confidence of 95 % at most a given share of either kind passes (an
+exact binomial tolerance bound). *Ordinary text* is kept out by a threshold of the edit's own, the highest
+that any of a fixed list of texts reaches: a further text like them exceeds it with a probability of at most
+one in their number plus one (split conformal prediction, Vovk et al. 2005). An edit's threshold is the larger
+of the two. It depends on the edit's keys and on what is fixed for the host, never on other edits.
 """
 
 import math

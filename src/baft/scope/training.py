@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -143,11 +143,18 @@ def train_scope(
     text, n_groups = ScopeText("train", seed), config.n_steps * config.n_groups
     parts = (read_part(reader, text, n_groups, config.n_asked, draw) for _ in range(config.n_parts))
     model = reader.host.model
-    head = _new_head(n_features(find_architecture(model)), config, seed).to(input_device(model))
+    head = new_head(n_features(find_architecture(model)), config, seed).to(input_device(model))
     return fit(head, parts, config, draw, on_step)
 
 
-def fit(head, parts, config, draw, on_step=None):
+def fit(
+    head: ScopeHead,
+    parts: Iterable[Part],
+    config: ScopeConfig,
+    draw: random.Random,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> ScopeHead:
+    """Trains a head on text as it was read; see `train_scope`."""
     n_steps = config.n_parts * config.n_uses * config.n_steps
     optimizer = torch.optim.Adam(head.parameters(), lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -165,14 +172,15 @@ def fit(head, parts, config, draw, on_step=None):
     return head.requires_grad_(False)
 
 
-def _new_head(width: int, config: ScopeConfig, seed: int) -> ScopeHead:
+def new_head(width: int, config: ScopeConfig, seed: int) -> ScopeHead:
+    """A head that has not learned yet."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # of no accelerator: they are not forked
         return ScopeHead(width, n_dims=config.n_dims, n_hidden=config.n_hidden)
 
 
 def _batches(
-    parts: Iterator[Part], config: ScopeConfig, draw: random.Random
+    parts: Iterable[Part], config: ScopeConfig, draw: random.Random
 ) -> Iterator[tuple[list[Group], list[Lesson]]]:
     """The groups of every step, and ordinary sentences."""
     for part in parts:
