@@ -1,5 +1,6 @@
 """What an edit is, in plain data: no torch, no host."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ class Edit:
     @property
     def id(self) -> str:
         """Name of the edit: 16 hex digits of the SHA-256 of its content."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        return _id_of(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are set, as plain data."""
@@ -87,6 +88,11 @@ class Edit:
             return cls(**fields)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
+
+
+@functools.lru_cache(maxsize=1 << 16)  # it is asked for again and again
+def _id_of(edit: Edit) -> str:
+    return hashlib.sha256(json.dumps(edit.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 DEFAULT_METHOD = "baft-bank"  # of edits, where none is named

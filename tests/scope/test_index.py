@@ -101,9 +101,18 @@ def test_of_equals_it_is_the_latest(head):
     assert ScopeIndex(head, [same, same, same]).find(*prompts([4])).tolist() == [2]
 
 
-@pytest.mark.parametrize("at_once", [1, 256])
+def test_an_index_goes_on_from_another(head):
+    keys = [keys_of(*one) for one in KEYS]
+    vectors, asked = prompts([4, 6])
+    longer = ScopeIndex(head, keys[3:], ScopeIndex(head, keys[1:3], ScopeIndex(head, keys[:1])))
+    whole = ScopeIndex(head, keys)
+    assert torch.equal(longer.log_probability(vectors, asked), whole.log_probability(vectors, asked))
+    assert torch.equal(longer.thresholds, whole.thresholds)
+
+
+@pytest.mark.parametrize("at_once", [1, 1 << 22])
 def test_who_acts_on_whom(head, at_once, monkeypatch):
-    monkeypatch.setattr(module, "_WORDINGS", at_once)
+    monkeypatch.setattr(module, "_AT_ONCE", at_once)
     keys = [keys_of(*one) for one in KEYS]
     met = torch.zeros(len(keys), len(keys), dtype=torch.bool)
     index, vectors = ScopeIndex(head, keys), [one.vectors[:, None] for one in keys]
@@ -115,6 +124,8 @@ def test_who_acts_on_whom(head, at_once, monkeypatch):
         for part in one.vectors.split(one.lengths.tolist(), 1):
             real = torch.ones(1, part.shape[1], dtype=torch.bool)
             met[i] |= by_hand(head, keys, part[:, None], real)[0] > middle
-    assert ScopeIndex(head, keys).acts_on(keys).tolist() == met.tolist()
+    index = ScopeIndex(head, keys)
+    assert index.acts_on(index).tolist() == met.tolist()
+    assert index.acts_on(ScopeIndex(head, keys[2:])).tolist() == met[2:].tolist()
     assert met.any()
     assert not met.all()

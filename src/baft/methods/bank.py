@@ -59,12 +59,27 @@ class Bank:
         edits: Names of the edits, in order; one at least.
         state: Their tensors.
         sites: Where they act.
+        before: A bank of the first of these edits, which need not be put together again.
     """
 
-    def __init__(self, scope: Scope, edits: Sequence[str], state: State, sites: Sequence[Site]):
+    def __init__(
+        self,
+        scope: Scope,
+        edits: Sequence[str],
+        state: State,
+        sites: Sequence[Site],
+        before: "Bank | None" = None,
+    ):
         self._scope, self.edits, self._state, self._sites = scope, tuple(edits), state, sites
-        self._keys = [EditKeys(*(state[f"{edit}.{name}"] for name in _KEYS)) for edit in edits]
-        self._index = ScopeIndex(scope.head, self._keys)
+        n_held = 0 if before is None else len(before.edits)
+        if before is not None and before.edits != self.edits[:n_held]:
+            before, n_held = None, 0
+        keys = [EditKeys(*(state[f"{edit}.{name}"] for name in _KEYS)) for edit in self.edits[n_held:]]
+        self._index: ScopeIndex
+        if before is not None and not keys:
+            self._index = before._index
+        else:
+            self._index = ScopeIndex(scope.head, keys, before._index if before is not None else None)
 
     def __call__(self, prompts: Sequence[Row]) -> Stack | None:
         """What acts on each prompt."""
@@ -81,7 +96,7 @@ class Bank:
             The number of the new one and the name of the one here.
         """
         theirs = ScopeIndex(self._scope.head, new)
-        met = self._index.acts_on(new) | theirs.acts_on(self._keys).T
+        met = self._index.acts_on(theirs) | theirs.acts_on(self._index).T
         return [(i, self.edits[j]) for i, j in met.nonzero().tolist()]
 
     def choose(self, prompts: Sequence[Row], only: Int[Tensor, " row"] | None = None) -> Stack | None:
@@ -208,7 +223,7 @@ class BankEditor(StatefulEditor, StackedEditor):
     def put(self, edited: EditedModel, state: State, requests: Sequence[EditRequest]) -> None:
         """The edits are chosen from for every prompt."""
         edits = _in_force(requests)
-        edited.router = Bank(self._scope, edits, state, self.sites) if edits else None
+        edited.router = Bank(self._scope, edits, state, self.sites, self._bank) if edits else None
 
     def layout(self, requests: Sequence[EditRequest], state: State) -> Layout:
         """Of every edit its bases at each site, and its keys."""

@@ -84,7 +84,10 @@ class StatefulEditor(Editor):
     def apply(self, request: EditRequest, *, on_step: OnStep | None = None) -> EditOutcome:
         """Makes the edits of a request; nothing changes unless all of it succeeds."""
         made, outcome = self.fit(request, self._state, on_step)
-        state = {name: tensor.detach() for name, tensor in made.items()}
+        state = {  # those that are held already take no gradient
+            name: tensor if self._state.get(name) is tensor else tensor.detach()
+            for name, tensor in made.items()
+        }
         with self._all_or_nothing():
             self._before = self.remembered((*self._before, self._state))
             self._state, self.requests = state, (*self.requests, request)

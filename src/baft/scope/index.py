@@ -7,12 +7,10 @@ from typing import Protocol, final, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from baft.nn.scope import ScopeKeys
 
 _AT_ONCE = 1 << 22  # cosines held in memory: 16 MB of them
-_WORDINGS = 256  # compared at once with all edits
 _EXCLUDED = -2.0  # below every cosine
 
 
@@ -60,19 +58,26 @@ class ScopeIndex:
 
     Args:
         head: What made them.
-        edits: The keys of each edit, one edit at least.
+        edits: The keys of each edit.
+        before: An index after which these come; None for none.
     """
 
-    def __init__(self, head: Judge, edits: Sequence[EditKeys]):
+    def __init__(self, head: Judge, edits: Sequence[EditKeys], before: "ScopeIndex | None" = None):
         self._head = head
+        lengths = torch.cat([one.lengths for one in edits])
+        places = torch.arange(len(lengths), device=lengths.device)
+        n_wordings = lengths.new_tensor([len(one.lengths) for one in edits])
         self._vectors = torch.cat([one.vectors for one in edits], 1)
         self._weights = torch.cat([one.weights for one in edits], 1)
-        device = self._weights.device
-        lengths = torch.cat([one.lengths for one in edits])
-        self._wording = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
-        n_wordings = torch.tensor([len(one.lengths) for one in edits], device=device)
-        self._edit = torch.arange(len(edits), device=device).repeat_interleave(n_wordings)
+        self._wording = places.repeat_interleave(lengths)  # of each token
+        self._edit = places[: len(edits)].repeat_interleave(n_wordings)  # of each wording
         self.thresholds = torch.stack([one.threshold for one in edits])
+        if before is not None:
+            self._vectors = torch.cat([before._vectors, self._vectors], 1)
+            self._weights = torch.cat([before._weights, self._weights], 1)
+            self._wording = torch.cat([before._wording, self._wording + len(before._edit)])
+            self._edit = torch.cat([before._edit, self._edit + len(before.thresholds)])
+            self.thresholds = torch.cat([before.thresholds, self.thresholds])
 
     @torch.no_grad()
     def log_probability(
@@ -97,21 +102,24 @@ class ScopeIndex:
         found = of_wordings.new_full((n_rows, len(self.thresholds)), -torch.inf)
         return found.scatter_reduce(1, self._edit.expand(n_rows, -1), of_wordings, "amax")
 
-    def acts_on(self, others: Sequence[EditKeys]) -> Bool[Tensor, "other edit"]:
-        """Which edits here act on any wording of which others, where these have the prompt to themselves."""
-        wordings = [part for one in others for part in one.vectors.split(one.lengths.tolist(), 1)]
-        n_tokens = torch.tensor([part.shape[1] for part in wordings], device=self._weights.device)
-        padded = pad_sequence([part.transpose(0, 1) for part in wordings], batch_first=True)
-        real = torch.arange(padded.shape[1], device=n_tokens.device) < n_tokens.unsqueeze(1)
-        owner = torch.arange(len(others), device=n_tokens.device).repeat_interleave(
-            torch.tensor([len(one.lengths) for one in others], device=n_tokens.device)
-        )
-        met = torch.zeros(len(others), len(self.thresholds), dtype=torch.bool, device=n_tokens.device)
-        for start in range(0, len(wordings), _WORDINGS):
-            here = slice(start, start + _WORDINGS)
-            passing = self.log_probability(padded[here].movedim(2, 0), real[here]) > self.thresholds
-            which, edit = passing.nonzero().unbind(-1)
-            met[owner[here][which], edit] = True
+    @torch.no_grad()
+    def acts_on(self, other: "ScopeIndex") -> Bool[Tensor, "other edit"]:
+        """Which edits here would act on a wording of which edits there."""
+        n_wordings = len(other._edit)
+        scores = self._vectors.new_zeros(len(self._vectors), len(self._edit), n_wordings)
+        step = max(1, _AT_ONCE // len(other._wording))
+        for start in range(0, len(self._wording), step):
+            piece = slice(start, start + step)
+            for channel, of_channel in enumerate(other._vectors):
+                cosines = self._vectors[channel, piece] @ of_channel.T
+                best = cosines.new_full((len(cosines), n_wordings), _EXCLUDED)
+                best.scatter_reduce_(1, other._wording.expand(len(cosines), -1), cosines, "amax")
+                weighed = best * self._weights[channel, piece].unsqueeze(1)
+                scores[channel].index_add_(0, self._wording[piece], weighed)
+        passing = self._head.log_probability(scores) > self.thresholds[self._edit].unsqueeze(1)
+        met = passing.new_zeros(len(other.thresholds), len(self.thresholds))
+        mine, theirs = passing.nonzero().unbind(-1)
+        met[other._edit[theirs], self._edit[mine]] = True
         return met
 
     def find(
