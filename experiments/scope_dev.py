@@ -118,7 +118,8 @@ def ask(
             [late_interaction(keys, head.net.vectors(features), real) for features, real in parts], 1
         )
         own = torch.tensor([i for i, _ in probes])
-        found[kind] = Asked(head.net.log_probability(scores), head.margins(scores, thresholds), own)
+        log_p = head.log_probability(scores)
+        found[kind] = Asked(log_p, log_p - thresholds, own)
     return found
 
 

@@ -23,6 +23,8 @@ edits = st.builds(
     target=words,
     subject=st.none() | st.text(),
     ground_truth=st.none() | st.text(),
+    rephrasings=st.lists(words, max_size=2).map(tuple),
+    neighbors=st.lists(words, max_size=2).map(tuple),
 )
 
 
@@ -42,6 +44,11 @@ def test_ids_differ_exactly_where_edits_do(one: Edit, other: Edit) -> None:
 def test_every_field_counts_in_the_id(edit: Edit, field: str, text: str) -> None:
     changed = dataclasses.replace(edit, **{field: text})
     assert (changed.id == edit.id) == (getattr(edit, field) == text)
+
+
+@given(edits, st.sampled_from(["rephrasings", "neighbors"]), words)
+def test_every_further_text_counts_in_the_id(edit: Edit, field: str, text: str) -> None:
+    assert dataclasses.replace(edit, **{field: (*getattr(edit, field), text)}).id != edit.id
 
 
 @given(edits)
@@ -86,6 +93,16 @@ def unhooked() -> Iterator[ModuleType]:
     spec.loader.exec_module(module)
     yield module
     del sys.modules["unhooked_types"]
+
+
+@pytest.mark.parametrize("field", ["rephrasings", "neighbors"])
+@pytest.mark.parametrize("wrong", ["one text", ["a", " "], ["a", 1]], ids=str)
+def test_further_texts_are_several_and_not_blank(field: str, wrong: Any, unhooked: ModuleType) -> None:
+    row: dict[str, Any] = {"prompt": "a", "target": "b", field: wrong}
+    with pytest.raises(InputError, match=f"{field} must be several texts"):
+        unhooked.Edit(**row)
+    with pytest.raises(InputError, match=f"line 1.*{field} must be"):
+        unhooked.Edit.from_dict(row, where="line 1")
 
 
 @pytest.mark.parametrize("field", ["prompt", "target", "subject", "ground_truth"])

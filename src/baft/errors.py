@@ -11,6 +11,7 @@ BaftError
 ├── DataError             a benchmark's file that is missing or cannot be read   (also a ValueError)
 ├── GenerationError       a way of generating under which an edit cannot be right
 ├── EditError             an edit that could not be made; the model is as it was before
+│   └── ConflictError         it conflicts with one in force
 ├── UndoError             there is nothing, or no longer anything, to take back
 └── ArtifactError         an edit set on disk that cannot be read or written
     ├── DamagedArtifactError  a file is missing, truncated, misshapen or not finite
@@ -66,6 +67,10 @@ class GenerationError(BaftError):
 
 class EditError(BaftError):
     """An edit that could not be made; the model is as it was before."""
+
+
+class ConflictError(EditError):
+    """An edit that conflicts with one in force, where that was to be refused."""
 
 
 class UndoError(BaftError):

@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -41,6 +42,7 @@ from baft.methods.base import (
     methods,
 )
 from baft.report import AppliedEdit, EditReport, TokenGates
+from baft.settling import OnConflict, conflict_rows, settled
 from baft.types import Edit, EditRequest, as_edits
 from baft.witness import Witness
 
@@ -114,8 +116,9 @@ class Model:
         """The edits in force, oldest first."""
         if self._editor is None:
             return ()
+        replaced = {name for request in self._editor.requests for name in request.replaces}
         return tuple(
-            AppliedEdit(edit, decoded, i)
+            AppliedEdit(edit, decoded, i, edit.id in replaced)
             for i, (request, flags) in enumerate(zip(self._editor.requests, self._decoded, strict=True))
             for edit, decoded in zip(request.edits, flags, strict=True)
         )
@@ -137,6 +140,7 @@ class Model:
         subject: str | None = None,
         unrelated: Sequence[str] = (),
         seed: int = 0,
+        on_conflict: OnConflict = "keep",
         on_step: OnStep | None = None,
         **settings: Any,
     ) -> EditReport:
@@ -153,6 +157,10 @@ class Model:
             subject: What the prompt is about, for methods that need it.
             unrelated: Prompts that shall stay as they are.
             seed: Of the method's randomness.
+            on_conflict: What to do where a prompt could be about the new edit and about one in force that
+                says something else, as methods whose edits have a scope can tell: `keep` both, and the
+                likelier acts, of equals the new one; `replace` the other, which comes back when the new one
+                is taken back; or `refuse`.
             on_step: Called after every optimizer step.
             settings: Single settings in place of the preset's.
 
@@ -162,6 +170,7 @@ class Model:
         Raises:
             InputError: If a text is blank, too long, or given twice.
             ConfigError: If a setting is wrong, or does not go with the edits in force.
+            ConflictError: If the edit conflicts with one in force, and that was to be refused.
             EditError: If training breaks down, or inside `disabled()`.
         """
         editor = self._editor_for(method, preset, seed, settings)
@@ -170,7 +179,11 @@ class Model:
             raise ConfigError(
                 f"method {method} makes one edit at a time, got {len(request.edits)}: edit in a loop"
             )
-        return self._make(editor, preset, [request], lambda: (editor.apply(request, on_step=on_step),))
+
+        def make(requests: Sequence[EditRequest]) -> Sequence[EditOutcome]:
+            return [editor.apply(one, on_step=on_step) for one in requests]
+
+        return self._make(editor, preset, [request], on_conflict, make)
 
     def edit_many(
         self,
@@ -180,6 +193,7 @@ class Model:
         preset: str = "default",
         unrelated: Sequence[str] = (),
         seed: int = 0,
+        on_conflict: OnConflict = "keep",
         on_step: OnStep | None = None,
         **settings: Any,
     ) -> EditReport:
@@ -195,6 +209,7 @@ class Model:
             preset: A set of its settings.
             unrelated: Prompts that shall stay as they are.
             seed: Of the method's randomness.
+            on_conflict: As for `edit`.
             on_step: Called after every optimizer step.
             settings: Single settings in place of the preset's.
 
@@ -203,6 +218,7 @@ class Model:
 
         Raises:
             InputError: If a text is blank, too long, or given twice.
+            ConflictError: As for `edit`.
             ConfigError: If the method cannot make edits apart, or a setting is wrong.
             EditError: If training breaks down, or inside `disabled()`; nothing has changed then.
         """
@@ -211,14 +227,19 @@ class Model:
             raise ConfigError(f"method {method} makes no edits apart from each other: edit in a loop")
         named = _texts(unrelated)
         requests = [EditRequest((edit,), named) for edit in EditRequest(tuple(edits)).edits]
-        return self._make(editor, preset, requests, lambda: editor.apply_apart(requests, on_step=on_step))
+
+        def make(requests: Sequence[EditRequest]) -> Sequence[EditOutcome]:
+            return editor.apply_apart(requests, on_step=on_step)
+
+        return self._make(editor, preset, requests, on_conflict, make)
 
     def _make(
         self,
         editor: Editor,
         preset: str,
         requests: Sequence[EditRequest],
-        make: Callable[[], Sequence[EditOutcome]],
+        on_conflict: OnConflict,
+        make: Callable[[Sequence[EditRequest]], Sequence[EditOutcome]],
     ) -> EditReport:
         """Has edits made, looks at what came of them, and takes them all back if anything breaks off."""
         if self._edited.is_disabled:
@@ -229,16 +250,19 @@ class Model:
         for edit in edits:
             if edit.id in known:
                 raise InputError(f"{edit.prompt!r} -> {edit.target!r} is in force already: undo it first")
+        conflicts = editor.conflicts(edits)
+        requests = settled(requests, conflicts, on_conflict)
         before = self._witness.says(edits)
         n_before, old = len(editor.requests), (self._editor, self._preset, self._decoded)
         try:
             with torch.inference_mode(False):  # training needs gradients wherever it is called
-                outcomes = make()
+                outcomes = make(requests)
             self._put_in_force(editor, preset, (*old[2], *(outcome.decoded for outcome in outcomes)))
-            older = [one.edit for one in self.edits[: -len(edits)] if one.decoded]
+            older = [one.edit for one in self.edits[: -len(edits)] if one.decoded and not one.replaced]
             report = self._witness.report(
                 editor, preset, edits, outcomes, before=before, older=older, began=began
             )
+            report = replace(report, conflicts=tuple(conflict_rows(conflicts, on_conflict)))
             held = iter(row.decoded for row in report.rows)
             decoded = (tuple(next(held) for _ in request.edits) for request in requests)
             self._put_in_force(editor, preset, (*old[2], *decoded))
@@ -275,6 +299,46 @@ class Model:
             self._follow(self._editor)
             raise
         return tuple(edit for request in gone for edit in request.edits)
+
+    def remove(self, *ids: str) -> tuple[Edit, ...]:
+        """Takes single edits out, whenever they were made; all others are as if these had never been.
+
+        Methods can whose edits do not know each other (capability `independent`).
+
+        Args:
+            ids: Of the edits, as in `edits`.
+
+        Returns:
+            The edits taken out.
+
+        Raises:
+            UnknownNameError: If no edit has such an id.
+            ArtifactError: If the edits in force know each other, or there are none.
+        """
+        gone = tuple(one.edit for one in self.edits if one.edit.id in ids)
+        kept = [one.edit.id for one in self.edits if one.edit.id not in ids]
+        if not kept and len(gone) == len(set(ids)) and self._editor is not None:
+            self.undo(len(self._editor.requests))
+        else:
+            known = artifact.subset(self._edit_set(), [*ids, *kept])  # says which ids there are
+            self._restore(artifact.subset(known, kept))
+        return gone
+
+    def merge(self, path: str | os.PathLike[str]) -> tuple[Edit, ...]:
+        """Puts the edits of an artifact beside those in force, without training anything.
+
+        Edits that are in force already are left out.
+
+        Returns:
+            The edits added.
+
+        Raises:
+            HostMismatchError: If they were made on another host.
+            ArtifactError: If they were made in another way, or edits of that method know each other.
+        """
+        known, other = {one.edit.id for one in self.edits}, artifact.read(Path(path))
+        self._restore(artifact.merge(self._edit_set(), other) if known else other)
+        return tuple(one.edit for one in self.edits if one.edit.id not in known)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -354,26 +418,7 @@ class Model:
         Raises:
             ArtifactError: If there are no edits, or the folder cannot be written; one that was there stays.
         """
-        editor = self._editor
-        if editor is None or not self.edits:
-            raise ArtifactError("there is no edit to save: edit first")
-        stored = tuple(StoredEdit(one.edit, one.request, one.decoded) for one in self.edits)
-        return artifact.write(
-            Path(path),
-            EditSet(
-                method=editor.name,
-                preset=self._preset,
-                seed=editor.seed,
-                settings=config.to_dict(editor.config),
-                layers=tuple(site.layer for site in editor.sites),
-                positions=config.to_dict(editor.edited.positions),
-                host=self.identity,
-                host_source=self._source,
-                edits=stored,
-                memory={"unrelated": [list(request.unrelated) for request in editor.requests]},
-                state=editor.state_dict(),
-            ),
-        )
+        return artifact.write(Path(path), self._edit_set())
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
         """Uploads the edits to the hub; whoever can read them there reads prompts and targets.
@@ -386,6 +431,25 @@ class Model:
         with tempfile.TemporaryDirectory() as folder:
             path = self.save(Path(folder) / f"{repo_id.rpartition('/')[2]}.baft")
             return artifact.push_to_hub(path, repo_id, token=token, private=private)
+
+    def _edit_set(self) -> EditSet:
+        """The edits in force, as an artifact holds them."""
+        editor = self._editor
+        if editor is None or not self.edits:
+            raise ArtifactError("there is no edit: edit first")
+        return EditSet(
+            method=editor.name,
+            preset=self._preset,
+            seed=editor.seed,
+            settings=config.to_dict(editor.config),
+            layers=tuple(site.layer for site in editor.sites),
+            positions=config.to_dict(editor.edited.positions),
+            host=self.identity,
+            host_source=self._source,
+            edits=tuple(StoredEdit(one.edit, one.request, one.decoded) for one in self.edits),
+            memory=artifact.memory_of(editor.requests),
+            state=editor.state_dict(),
+        )
 
     def _restore(self, saved: EditSet) -> None:
         """Puts the edits of an artifact into force.

@@ -17,11 +17,13 @@ class AppliedEdit:
         edit: The edit.
         decoded: Whether its target was decoded when it was made; if not, it failed.
         request: Which call of `edit` made it, counted from 0; `undo` takes back whole calls.
+        replaced: Whether a later edit has taken its place; it comes back when that is taken back.
     """
 
     edit: Edit
     decoded: bool
     request: int
+    replaced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,25 @@ class EditRow:
 
 
 @dataclass(frozen=True, slots=True)
+class ConflictRow:
+    """An edit in force that a new one conflicts with: prompts could be about both, and they differ.
+
+    Args:
+        edit_id: The new edit.
+        old_id: The other.
+        prompt: What the other was asked.
+        target: What it says.
+        replaced: Whether it was replaced; else both are in force.
+    """
+
+    edit_id: str
+    old_id: str
+    prompt: str
+    target: str
+    replaced: bool
+
+
+@dataclass(frozen=True, slots=True)
 class EditReport:
     """What one call of `Model.edit` or `Model.edit_many` did.
 
@@ -89,6 +110,8 @@ class EditReport:
         n_canaries_same_token: How many of them have the same next token.
         broken: Earlier edits whose target is no longer decoded.
         why_full: Why every step of training ran the whole host, or None if it did not have to.
+        notes: What else is to be known of how the method works on this host.
+        conflicts: Edits in force that the new ones conflict with.
     """
 
     method: str
@@ -103,6 +126,8 @@ class EditReport:
     n_canaries_same_token: int
     broken: tuple[str, ...]
     why_full: str | None = None
+    notes: tuple[str, ...] = ()
+    conflicts: tuple[ConflictRow, ...] = ()
 
     @property
     def succeeded(self) -> bool:
@@ -133,6 +158,12 @@ class EditReport:
         )
         if self.why_full is not None:
             lines.append(f"every step ran the whole host: {self.why_full}")
+        lines += [f"note: {note}" for note in self.notes]
+        lines += [
+            f"conflict with {one.prompt!r} -> {one.target!r}: "
+            + ("replaced" if one.replaced else "both are kept")
+            for one in self.conflicts
+        ]
         lines += [
             f"FAILED: {row.prompt!r} does not yield {row.target!r}" for row in self.rows if not row.decoded
         ]

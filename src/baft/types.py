@@ -18,15 +18,20 @@ class Edit:
         target: The new answer.
         subject: What the prompt is about, where a method needs to know it.
         ground_truth: The old answer, kept for the record; no method trains on it.
+        rephrasings: Other wordings of the prompt, for methods that make use of them.
+        neighbors: Prompts nearly about the same that shall stay as they are, for methods that make use of
+            them.
 
     Raises:
-        InputError: If the prompt or the target is not a text, or is empty or blank.
+        InputError: If the prompt, the target or another text is not one, or is empty or blank.
     """
 
     prompt: str
     target: str
     subject: str | None = None
     ground_truth: str | None = None
+    rephrasings: tuple[str, ...] = ()
+    neighbors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("prompt", "target"):
@@ -39,17 +44,22 @@ class Edit:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise InputError(f"{name} must be a string or absent, got {type(value).__name__}: {value!r}")
+        for name in _LISTS:
+            texts = getattr(self, name)
+            if isinstance(texts, str) or not all(isinstance(one, str) and one.strip() for one in texts):
+                raise InputError(f"{name} must be several texts, none of them blank, got {texts!r}")
+            object.__setattr__(self, name, tuple(texts))
 
     @property
     def id(self) -> str:
         """Name of the edit: 16 hex digits of the SHA-256 of its content."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
-    def to_dict(self) -> dict[str, str]:
+    def to_dict(self) -> dict[str, Any]:
         """The fields that are set, as plain data."""
-        fields = {"prompt": self.prompt, "target": self.target, "subject": self.subject}
-        fields["ground_truth"] = self.ground_truth
-        return {name: value for name, value in fields.items() if value is not None}
+        fields: dict[str, Any] = {name: getattr(self, name) for name in _TEXTS}
+        lists = {name: list(getattr(self, name)) for name in _LISTS}
+        return {name: value for name, value in (fields | lists).items() if value not in (None, [])}
 
     @classmethod
     def from_dict(cls, row: dict[str, Any], *, where: str = "edit") -> "Edit":
@@ -58,7 +68,7 @@ class Edit:
         Raises:
             InputError: If a field is missing, unknown or not a text.
         """
-        known = ("prompt", "target", "subject", "ground_truth")
+        known = (*_TEXTS, *_LISTS)
         if not isinstance(row, dict):
             raise InputError(f"{where}: expected an object with {', '.join(known)}, got {type(row).__name__}")
         unknown = sorted(set(row) - set(known))
@@ -67,10 +77,20 @@ class Edit:
         missing = [name for name in ("prompt", "target") if name not in row]
         if missing:
             raise InputError(f"{where}: field {missing[0]!r} is missing; an edit needs prompt and target")
+        for name in _LISTS:
+            if name in row and not isinstance(row[name], list):
+                raise InputError(f"{where}: {name} must be a list of texts, got {row[name]!r}")
         try:
-            return cls(**row)
+            fields: dict[str, Any] = {
+                name: tuple(value) if name in _LISTS else value for name, value in row.items()
+            }
+            return cls(**fields)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
+
+
+_TEXTS = ("prompt", "target", "subject", "ground_truth")
+_LISTS = ("rephrasings", "neighbors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +100,7 @@ class EditRequest:
     Args:
         edits: The edits, each id once.
         unrelated: Texts that must stay as they are; never the prompts that locality is scored on.
+        replaces: Ids of earlier edits that are out of force while these are in it.
 
     Raises:
         InputError: If there is no edit, or the same edit twice.
@@ -87,6 +108,7 @@ class EditRequest:
 
     edits: tuple[Edit, ...]
     unrelated: tuple[str, ...] = field(default=())
+    replaces: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
         if not self.edits:

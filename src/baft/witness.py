@@ -118,6 +118,7 @@ class Witness:
             n_canaries_same_token=int((mine.argmax(-1) == host.argmax(-1)).sum()),
             broken=tuple(edit.prompt for edit, says in zip(older, held, strict=True) if not says),
             why_full=outcomes[0].why_full,
+            notes=editor.notes,
         )
 
     @cached_property

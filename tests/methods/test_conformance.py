@@ -420,6 +420,7 @@ def test_an_edit_that_breaks_off_changes_nothing(story, where, monkeypatch):
         for module in ("training", "descent", "ultraedit"):
             loss = "row_cross_entropy" if module == "ultraedit" else "target_cross_entropy"
             monkeypatch.setattr(f"baft.methods.{module}.{loss}", interrupt)
+        monkeypatch.setattr("baft.methods.training.row_cross_entropy", interrupt)
     elif where == "commit" and isinstance(editor, BaftEditor):  # trained, and half put down
         monkeypatch.setattr("baft.nn.interventions.SubspaceIntervention.frozen", interrupt)
     elif where == "commit":

@@ -60,9 +60,11 @@ class EditSet:
     @property
     def requests(self) -> tuple[EditRequest, ...]:
         """The calls that made the edits."""
-        unrelated = self.memory.get("unrelated", [])
+        lists = [self.memory.get(name, []) for name in ("unrelated", "replaces")]
         return tuple(
-            EditRequest(tuple(one.edit for one in group), tuple(unrelated[i]) if i < len(unrelated) else ())
+            EditRequest(
+                tuple(one.edit for one in group), *(tuple(one[i]) if i < len(one) else () for one in lists)
+            )
             for i, group in enumerate(self._by_request())
         )
 

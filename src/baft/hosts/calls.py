@@ -8,7 +8,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -66,9 +66,11 @@ class Acting:
         parts: Interventions, by site.
         patches: Changed outputs, by the name of the module in the host.
         prompter: What is put into prompts, or None.
+        router: What chooses, for every prompt, what acts on it, or None.
 
     Raises:
-        ConfigError: If a prompter is to be in force beside others, which would not see what it puts in.
+        ConfigError: If a prompter or a router is to be in force beside anything else: what a prompter puts in
+            the others would not see, and what a router takes for a prompt's own acts alone.
     """
 
     def __init__(
@@ -76,17 +78,19 @@ class Acting:
         parts: Mapping[Site, Parts],
         patches: Mapping[str, Patch] | None = None,
         prompter: Prompter | None = None,
+        router: "Router | None" = None,
     ):
         self.parts: Mapping[Site, Parts] = {site: tuple(there) for site, there in parts.items()}
         self.patches: Mapping[str, Patch] = dict(patches or {})
-        self.prompter = prompter
-        if prompter is not None and (self.patches or any(self.parts.values())):
-            raise ConfigError("a prompter acts alone: take interventions and patches out of force first")
+        self.prompter, self.router = prompter, router
+        for name, one, other in (("prompter", prompter, router), ("router", router, prompter)):
+            if one is not None and (other or self.patches or any(self.parts.values())):
+                raise ConfigError(f"a {name} acts alone: take all else out of force first")
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing is in force."""
-        return not (any(self.parts.values()) or self.patches or self.prompter)
+        return not (any(self.parts.values()) or self.patches or self.prompter or self.router)
 
     @functools.cached_property
     def fused(self) -> Mapping[Site, FusedIntervention]:
@@ -104,7 +108,7 @@ class Stack:
 
     Args:
         layers: The blocks of all, by site.
-        blocks: Which of them edits each row.
+        blocks: Which of them edits each row; -1 where none does.
     """
 
     layers: Mapping[Site, SubspaceIntervention]
@@ -122,6 +126,14 @@ class Stack:
             )
         blocks = self.blocks.to(mask.device).repeat_interleave(mask.shape[0] // len(self.blocks))
         return self.layers[site], blocks[mask.nonzero()[:, 0]]
+
+
+@runtime_checkable
+class Router(Protocol):
+    """Chooses what acts on each prompt, once for the prompt and all that follows it."""
+
+    def __call__(self, prompts: Sequence[tuple[int, ...]]) -> Stack | None:
+        """What acts on each row, given its prompt's real tokens; None where nothing acts on any."""
 
 
 current_call: ContextVar[Call | None] = ContextVar("baft_call", default=None)

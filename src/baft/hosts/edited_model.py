@@ -10,10 +10,12 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from baft.errors import InputError, UnsupportedHostError
 from baft.hosts.architecture import Architecture, Site, find_architecture, text_config
@@ -22,6 +24,7 @@ from baft.hosts.calls import (
     Call,
     Parts,
     Recording,
+    Router,
     Stack,
     cached_tokens,
     current_call,
@@ -34,8 +37,11 @@ from baft.hosts.generation import generation_settings, guess_mask, refuse_unsafe
 from baft.hosts.patches import Patch
 from baft.hosts.positions import PositionSpec, Window
 from baft.hosts.prompting import Prompter, generate_prompted, run_prompted
+from baft.nn.fused import FusedIntervention
 from baft.nn.interventions import SubspaceIntervention
 
+# What acts on the rows of a cache, and which router chose it: what follows in the cache keeps to that.
+_routes: WeakKeyDictionary[Any, tuple[Router, Stack | None]] = WeakKeyDictionary()
 _disabled: ContextVar[tuple["EditedModel", ...]] = ContextVar("baft_disabled", default=())
 
 
@@ -43,7 +49,8 @@ class EditedModel:
     """A host with interventions in force; callable like the host.
 
     While disabled, and wherever no gate opens, its logits are bit for bit the host's. Methods that change
-    weights or keep memories put `patches` into force, those that edit by text a `prompter`.
+    weights or keep memories put `patches` into force, those that edit by text a `prompter`, and those whose
+    edits know their scope a `router`.
 
     Args:
         host: A decoder-only causal language model, or a PEFT model around one; never changed.
@@ -107,7 +114,7 @@ class EditedModel:
     def interventions(self, interventions: Mapping[Site, Parts]) -> None:
         for site in interventions:
             self.architecture.block(site)
-        self._in_force = Acting(interventions, self.patches, self.prompter)
+        self._in_force = Acting(interventions, self.patches, self.prompter, self.router)
 
     @property
     def patches(self) -> Mapping[str, Patch]:
@@ -118,7 +125,7 @@ class EditedModel:
     def patches(self, patches: Mapping[str, Patch]) -> None:
         for name in patches:
             self.host.get_submodule(name)
-        self._in_force = Acting(self.interventions, patches, self.prompter)
+        self._in_force = Acting(self.interventions, patches, self.prompter, self.router)
 
     @property
     def prompter(self) -> Prompter | None:
@@ -127,7 +134,16 @@ class EditedModel:
 
     @prompter.setter
     def prompter(self, prompter: Prompter | None) -> None:
-        self._in_force = Acting(self.interventions, self.patches, prompter)
+        self._in_force = Acting(self.interventions, self.patches, prompter, self.router)
+
+    @property
+    def router(self) -> Router | None:
+        """What chooses the interventions of each prompt, or None."""
+        return self._in_force.router
+
+    @router.setter
+    def router(self, router: Router | None) -> None:
+        self._in_force = Acting(self.interventions, self.patches, self.prompter, router)
 
     def follow(self, other: "EditedModel") -> None:
         """Puts into force what is in force in another model of the same host, in place of all there is."""
@@ -162,7 +178,8 @@ class EditedModel:
             input_ids: Tokens; with a cache, the new ones.
             attention_mask: One at real tokens, over cached and new ones together.
             n_prompt_tokens: Real tokens of each row's prompt, BOS included. Left out, the prompt's end
-                is unknown and every token but BOS is edited: the worst case for locality.
+                is unknown and every token but BOS is edited: the worst case for locality. What a router
+                chooses for a prompt goes on to act on what follows in its cache.
             recording: Receives the states at the edited tokens.
             arguments: Passed to the host.
 
@@ -203,8 +220,15 @@ class EditedModel:
         if in_force.prompter is not None:
             limit = self.architecture.max_positions
             return generate_prompted(host.generate, arguments, settings, in_force.prompter, limit)
-        window = self.window(input_ids, mask.bool(), mask.sum(-1))
-        call = Call(window, in_force.parts, None, self._stack, in_force.fused, in_force.patches)
+        given = (input_ids, mask.bool(), mask.sum(-1))
+        if in_force.router is not None:
+            stack = in_force.router(_rows(input_ids, mask.bool()))
+            if stack is None:
+                return host.generate(**arguments)
+            call = self._routed(stack, *given)
+        else:
+            window = self.window(*given)
+            call = Call(window, in_force.parts, None, self._stack, in_force.fused, in_force.patches)
         with self._hooks(call):
             return host.generate(**arguments)
 
@@ -240,6 +264,8 @@ class EditedModel:
                 raise InputError("edits that are put into the prompt leave no states to record: ask without")
             limit = self.architecture.max_positions
             return run_prompted(run, given, real, n_prompt_tokens, in_force.prompter, limit)
+        if self.is_enabled and in_force.router is not None:
+            return self._run_routed(run, given, real, n_prompt_tokens, in_force.router, recording)
         window = self.window(ids, real, n_prompt_tokens)
         if self.is_enabled:
             # With gradients it is training, where parts change at every step.
@@ -255,6 +281,7 @@ class EditedModel:
         ids: Int[Tensor, "batch pos"] | None,
         real: Bool[Tensor, "known total"],
         n_prompt_tokens: Int[Tensor, " batch"] | None,
+        acting: Bool[Tensor, " row"] | None = None,
     ) -> Window:
         """Which tokens a call edits.
 
@@ -262,6 +289,7 @@ class EditedModel:
             ids: The tokens it shows.
             real: Which tokens are no padding, those of a cache included.
             n_prompt_tokens: Real tokens of each row's prompt, or None where nobody knows.
+            acting: In which rows anything is edited; None for all.
         """
         bos = getattr(text_config(self.host), "bos_token_id", None)
         starts_with_bos = torch.zeros(real.shape[0], dtype=torch.bool, device=real.device)
@@ -270,7 +298,62 @@ class EditedModel:
             first = real.int().argmax(-1) - n_cached  # below zero where the cache holds it
             begins = ids.to(real.device).gather(-1, first.clamp(min=0).unsqueeze(-1)).squeeze(-1) == bos
             starts_with_bos = begins & (first >= 0)
-        return Window(self.positions, real, n_prompt_tokens=n_prompt_tokens, starts_with_bos=starts_with_bos)
+        return Window(
+            self.positions,
+            real,
+            n_prompt_tokens=n_prompt_tokens,
+            starts_with_bos=starts_with_bos,
+            acting=acting,
+        )
+
+    def _run_routed(
+        self,
+        run: Any,
+        given: dict[str, Any],
+        real: Bool[Tensor, "batch total"],
+        n_prompt_tokens: Int[Tensor, " batch"] | None,
+        router: Router,
+        recording: Recording | None,
+    ) -> Any:
+        """Runs the host with what a router chooses for each prompt, or chose when the cache was begun."""
+        ids, cache = given.get("input_ids"), given.get("past_key_values")
+        chosen_by, stack = _routes.get(cache, (None, None)) if cached_tokens(cache) else (None, None)
+        if chosen_by is not router:
+            if ids is None:
+                raise InputError("edits that know their scope read the prompt's tokens: give input_ids")
+            stack = router(_rows(ids, _prompt_part(real, ids.shape[1], n_prompt_tokens)))
+        if stack is None and recording is None:
+            output = run(**given)
+        else:
+            call = self._routed(stack, ids, real, n_prompt_tokens, recording)
+            with self._hooks(call):
+                output = run(**given)
+        for one in (cache, getattr(output, "past_key_values", None)):
+            if isinstance(one, Cache):
+                _routes[one] = (router, stack)
+        return output
+
+    def _routed(
+        self,
+        stack: Stack | None,
+        ids: Int[Tensor, "batch pos"] | None,
+        real: Bool[Tensor, "known total"],
+        n_prompt_tokens: Int[Tensor, " batch"] | None,
+        recording: Recording | None = None,
+    ) -> Call:
+        """A call in which a stack acts on the rows that have a block, and nothing on the others."""
+        if stack is None:
+            return Call(self.window(ids, real, n_prompt_tokens), {}, recording)
+        acting = (stack.blocks >= 0).to(real.device)
+        if len(real) % len(acting):
+            raise InputError(f"the host was shown {len(real)} rows for {len(acting)} prompts")
+        acting = acting.repeat_interleave(len(real) // len(acting))
+        window = self.window(ids, real, n_prompt_tokens, acting)
+        parts: dict[Site, Parts] = {site: (part,) for site, part in stack.layers.items()}
+        if any(part.n_blocks > 1 for (part,) in parts.values()) or torch.is_grad_enabled():
+            return Call(window, {}, recording, stack)
+        fused = {site: FusedIntervention(there) for site, there in parts.items()}
+        return Call(window, parts, recording, None, fused)
 
     @contextlib.contextmanager
     def _hooks(self, call: Call) -> Iterator[None]:
@@ -294,6 +377,23 @@ class EditedModel:
             for handle in handles:
                 handle.remove()
             current_call.reset(token)
+
+
+def _rows(ids: Int[Tensor, "batch pos"], kept: Bool[Tensor, "batch pos"]) -> list[tuple[int, ...]]:
+    """The tokens of each row that are kept."""
+    return [tuple(row[keep].tolist()) for row, keep in zip(ids, kept.to(ids.device), strict=True)]
+
+
+def _prompt_part(
+    real: Bool[Tensor, "batch total"], n_shown: int, n_prompt_tokens: Int[Tensor, " batch"] | None
+) -> Bool[Tensor, "batch pos"]:
+    """Which of the tokens shown belong to a prompt; all real ones where that is unknown, or none does."""
+    shown = real[:, real.shape[1] - n_shown :]
+    if n_prompt_tokens is None:
+        return shown
+    rank = real.cumsum(-1)[:, real.shape[1] - n_shown :]
+    inside = shown & (rank <= n_prompt_tokens.to(real.device).unsqueeze(-1))
+    return torch.where(inside.any(-1, keepdim=True), inside, shown)
 
 
 def _checked_mask(mask: Tensor, n_tokens: int = 0) -> Tensor:

@@ -61,6 +61,7 @@ class Window:
         n_prompt_tokens: Real tokens of each row's prompt, BOS included; None where nobody knows, and
             then every token is edited but BOS.
         starts_with_bos: Whether the first real token of each row is the BOS token; it is never edited.
+        acting: In which rows anything is edited at all; None for all.
 
     Raises:
         InputError: If a prompt is longer than its row.
@@ -73,6 +74,7 @@ class Window:
         *,
         n_prompt_tokens: Int[Tensor, " row"] | None,
         starts_with_bos: Bool[Tensor, " row"],
+        acting: Bool[Tensor, " row"] | None = None,
     ):
         self.spec = spec
         rank = real.cumsum(-1) - 1  # how many real tokens stand before this one
@@ -88,11 +90,17 @@ class Window:
             edited = edited & (rank >= ends - spec.last_prompt)
             if not spec.outputs:
                 edited = edited & (rank < ends)
+        if acting is not None:
+            edited = edited & acting.to(real.device).unsqueeze(-1)
         self.edited = edited
         self.prompt = real if n_prompt_tokens is None else real & (rank < n_prompt_tokens.unsqueeze(-1))
         self._ends_known = n_prompt_tokens is not None
-        self.edits_new_tokens = spec.outputs or n_prompt_tokens is None
-        self._new = torch.full((), self.edits_new_tokens, device=real.device)
+        edits_new_tokens = spec.outputs or n_prompt_tokens is None
+        self._any_new = edits_new_tokens and (acting is None or bool(acting.any()))
+        self._all_new = edits_new_tokens and (acting is None or bool(acting.all()))
+        self._new = torch.full((len(real), 1), edits_new_tokens, device=real.device)
+        if acting is not None:
+            self._new = self._new & acting.to(real.device).unsqueeze(-1)
 
     def shown(self, start: int, length: int, n_rows: int) -> Shown:
         """The edited ones of the tokens `start` to `start + length` of every row.
@@ -109,8 +117,8 @@ class Window:
         if n_rows % n_known:
             raise InputError(f"the host was shown {n_rows} rows for {n_known} prompts")
         if start >= width:  # one rule for all, so that no number need be read back from the device
-            mask = self._new.expand(n_rows, length)
-            return Shown(mask, self.edits_new_tokens, self.edits_new_tokens)
+            mask = self._new.repeat_interleave(n_rows // n_known, dim=0).expand(n_rows, length)
+            return Shown(mask, self._any_new, self._all_new)
         known = self.edited[:, start : start + length]
         new = self._new.expand(n_known, length - known.shape[1])
         mask = torch.cat([known, new], dim=-1).repeat_interleave(n_rows // n_known, dim=0)

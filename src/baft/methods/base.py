@@ -25,6 +25,7 @@ class Capability(StrEnum):
     BATCH = "batch"  # several edits in one optimization
     SEQUENTIAL = "sequential"  # edits on top of edits
     EXACT_UNDO = "exact_undo"  # taking an edit back restores every bit
+    INDEPENDENT = "independent"  # edits that do not know each other: any can be removed, sets can be merged
     STACKED = "stacked"  # edits that are each made by themselves, trained and asked in one batch
 
 
@@ -98,6 +99,19 @@ class GateReading:
     edit_id: str | None
     position: int
     weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Two edits that one prompt could be about, and that say different things.
+
+    Args:
+        new: The edit that is to be made.
+        old: One that is in force.
+    """
+
+    new: Edit
+    old: Edit
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +192,15 @@ class Editor(ABC):
     def reset(self) -> None:
         """Forgets every edit."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever reads a report should know of how this method works on this host."""
+        return ()
+
+    def conflicts(self, edits: Sequence[Edit]) -> tuple[Conflict, ...]:
+        """Which of the edits in force stand in the way of new ones; none where edits have no scope."""
+        return ()
+
     def explain(self, ids: Sequence[int], n_prompt_tokens: int) -> tuple[GateReading, ...]:
         """The gates at every edited token of a sequence, open or not; none where the method has none."""
         return ()
@@ -246,6 +269,7 @@ class StackedEditor(Editor):
 
 methods: Registry[type[Editor]] = Registry("method", base=Editor, group="baft.methods")
 methods.add("baft", "baft.methods.baft:BaftEditor")
+methods.add("baft-bank", "baft.methods.bank:BankEditor")
 methods.add("reft", "baft.methods.baft:ReftEditor")
 methods.add("ft-l", "baft.methods.ft:FtLEditor")
 methods.add("ft-m", "baft.methods.ft:FtMEditor")

@@ -89,11 +89,9 @@ class Head:
         """The log-probability above which each edit acts; of its own keys and the host, of no other edit."""
         return own_thresholds(self.net, self.ordinary, keys).clamp(min=self.about.calibration.threshold)
 
-    def margins(
-        self, scores: Float[Tensor, "channel prompt edit"], thresholds: Float[Tensor, " edit"]
-    ) -> Float[Tensor, "prompt edit"]:
-        """How far the log-probability of every edit lies above its threshold: above zero it is meant."""
-        return self.net.log_probability(scores) - thresholds
+    def log_probability(self, scores: Float[Tensor, "channel prompt edit"]) -> Float[Tensor, "prompt edit"]:
+        """How sure it is that a prompt is about an edit; see `ScopeHead.log_probability`."""
+        return self.net.log_probability(scores)
 
 
 def find_head(host: Host) -> Head | None:

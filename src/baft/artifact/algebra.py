@@ -1,0 +1,101 @@
+"""Edit sets put together and taken apart, where edits do not know each other: exact, and without any host.
+
+What an edit added are the tensors whose names begin with its id, and nothing else depends on it. So a set
+without an edit is what it would be had that edit never been made.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from baft.artifact.codec import EditSet, StoredEdit
+from baft.errors import ArtifactError, HostMismatchError, UnknownNameError
+from baft.hosts.identity import compare
+from baft.types import EditRequest
+
+
+def subset(edits: EditSet, ids: Collection[str]) -> EditSet:
+    """The set of some edits of a set, in their order.
+
+    Args:
+        edits: The set.
+        ids: Which edits are kept.
+
+    Raises:
+        UnknownNameError: If the set has no edit of such an id.
+        ArtifactError: If edits of this set know each other, or none would be left.
+    """
+    _require_independent(edits)
+    known = [one.edit.id for one in edits.edits]
+    for wanted in ids:
+        if wanted not in known:
+            raise UnknownNameError(f"no edit has the id {wanted!r}; the ids are {', '.join(known)}")
+    if not ids:
+        raise ArtifactError("an edit set is never empty: keep at least one edit, or delete the set")
+    return _of(edits, [(one, request) for one, request in _with_requests(edits) if one.edit.id in ids])
+
+
+def merge(first: EditSet, second: EditSet) -> EditSet:
+    """The edits of two sets of one host and method: those of the first, and then those only the second has.
+
+    Where edits of both could be meant by a prompt, the likelier acts, and of equals the later one.
+
+    Raises:
+        HostMismatchError: If the sets are of different hosts.
+        ArtifactError: If they differ in method, settings or seed, or their edits know each other.
+    """
+    for one in (first, second):
+        _require_independent(one)
+    compare(first.host, second.host)
+    if first.host.tokenizer_hash != second.host.tokenizer_hash:
+        raise HostMismatchError(
+            "the sets were made with different tokenizers or chat templates: make one of them anew"
+        )
+    for name in ("method", "settings", "layers", "positions"):
+        mine, other = getattr(first, name), getattr(second, name)
+        if mine != other:
+            raise ArtifactError(
+                f"the sets differ in {name}, {mine} and {other}, and go together only if made alike: make "
+                "the edits of one of them anew"
+            )
+    known = {one.edit.id for one in first.edits}
+    added = [pair for pair in _with_requests(second) if pair[0].edit.id not in known]
+    offset = 1 + max(one.request for one in first.edits)
+    moved = [(replace(one, request=one.request + offset), request) for one, request in added]
+    state = {name: tensor for name, tensor in second.state.items() if name.partition(".")[0] not in known}
+    both = replace(first, state={**first.state, **state})
+    return _of(both, [*_with_requests(first), *moved])
+
+
+def _of(edits: EditSet, chosen: Sequence[tuple[StoredEdit, EditRequest]]) -> EditSet:
+    """The set with these edits, their requests numbered anew."""
+    numbers = {number: i for i, number in enumerate(dict.fromkeys(one.request for one, _ in chosen))}
+    requests = {numbers[one.request]: request for one, request in chosen}
+    ids = {one.edit.id for one, _ in chosen}
+    return replace(
+        edits,
+        edits=tuple(replace(one, request=numbers[one.request]) for one, _ in chosen),
+        memory=memory_of([requests[i] for i in range(len(requests))]),
+        state={name: tensor for name, tensor in edits.state.items() if name.partition(".")[0] in ids},
+    )
+
+
+def memory_of(requests: Sequence[EditRequest]) -> dict[str, list[list[str]]]:
+    """What a set remembers of requests beside their edits."""
+    return {
+        "unrelated": [list(request.unrelated) for request in requests],
+        "replaces": [list(request.replaces) for request in requests],
+    }
+
+
+def _with_requests(edits: EditSet) -> list[tuple[StoredEdit, EditRequest]]:
+    by_edit = {edit.id: request for request in edits.requests for edit in request.edits}
+    return [(one, by_edit[one.edit.id]) for one in edits.edits]
+
+
+def _require_independent(edits: EditSet) -> None:
+    ids = {one.edit.id for one in edits.edits}
+    if any(name.partition(".")[0] not in ids for name in edits.state):
+        raise ArtifactError(
+            f"edits by {edits.method}/{edits.preset} share what they learned, and a set of them cannot be "
+            "put together or taken apart: undo the last ones, or edit anew"
+        )

@@ -1,0 +1,419 @@
+"""`baft-bank`: every edit has bases of its own, acts on prompts inside its scope, and on nothing else.
+
+BaFT's intervention (arXiv 2503.00306, section 3) with `w_k(h | prompt) = scope(prompt)`, one or zero: which
+edit a prompt is about, if any, is decided once, on early states of the frozen host (`baft.scope`), and held
+for all that is said in reply. So edits do not know each other: each is trained alone, on the bare host; where
+several could be meant, the likeliest acts; where none is, the host runs as if there were no edits. Our own
+construction, after the trial in METHOD.md, section 5.
+"""
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from baft.errors import ConfigError, EditError
+from baft.hosts.architecture import (
+    Site,
+    default_layers,
+    find_architecture,
+    intervention_dtype,
+    site_device,
+)
+from baft.hosts.background import background_text
+from baft.hosts.calls import Stack
+from baft.hosts.edited_model import EditedModel
+from baft.hosts.encoding import EncodedEdit
+from baft.hosts.models import Host
+from baft.hosts.passes import FullPass, Pass, why_full
+from baft.hosts.positions import PositionSpec
+from baft.hosts.suffix import SuffixPass
+from baft.hosts.turns import Row
+from baft.methods.baft import alike
+from baft.methods.bank_config import DEFAULT, BankConfig
+from baft.methods.base import Apart, Capability, Conflict, EditOutcome, GateReading, OnStep, StackedEditor
+from baft.methods.optimizer import Layers
+from baft.methods.stateful import Layout, State, StatefulEditor
+from baft.methods.texts import renderings
+from baft.methods.training import TrainingResult, outcome_of, train_apart
+from baft.nn.gates import OpenGate
+from baft.nn.interventions import SubspaceIntervention
+from baft.nn.orthonormal import check_rank, random_orthonormal
+from baft.scope.index import EditKeys, ScopeIndex
+from baft.scope.scope import Scope, scope_of
+from baft.types import Edit, EditRequest
+
+
+@final
+class Bank:
+    """Edits, and the choice between them.
+
+    Args:
+        scope: Reads what prompts are about.
+        edits: Names of the edits, in order; one at least.
+        state: Their tensors.
+        sites: Where they act.
+    """
+
+    def __init__(self, scope: Scope, edits: Sequence[str], state: State, sites: Sequence[Site]):
+        self._scope, self.edits, self._state, self._sites = scope, tuple(edits), state, sites
+        self._keys = [EditKeys(*(state[f"{edit}.{name}"] for name in _KEYS)) for edit in edits]
+        self._index = ScopeIndex(scope.head, self._keys)
+
+    def __call__(self, prompts: Sequence[Row]) -> Stack | None:
+        """What acts on each prompt."""
+        return self.choose(prompts)
+
+    def find(self, prompts: Sequence[Row], only: Int[Tensor, " row"] | None = None) -> Int[Tensor, " row"]:
+        """Which edit acts on each prompt, by its number; -1 where none does."""
+        return self._index.find(*self._scope.read(prompts), only)
+
+    def meeting(self, new: Sequence[EditKeys]) -> list[tuple[int, str]]:
+        """Which edits here meet with new ones: one of them would act on a wording of the other.
+
+        Returns:
+            The number of the new one and the name of the one here.
+        """
+        theirs = ScopeIndex(self._scope.head, new)
+        met = self._index.acts_on(new) | theirs.acts_on(self._keys).T
+        return [(i, self.edits[j]) for i, j in met.nonzero().tolist()]
+
+    def choose(self, prompts: Sequence[Row], only: Int[Tensor, " row"] | None = None) -> Stack | None:
+        """As `find`, and the bases of those that act; None where none acts."""
+        found = self.find(prompts, only)
+        acting = found[found >= 0].unique()
+        if not len(acting):
+            return None
+        layers = {site: self._joined(site, [self.edits[i] for i in acting.tolist()]) for site in self._sites}
+        return Stack(layers, torch.where(found >= 0, torch.searchsorted(acting, found), -1))
+
+    def _joined(self, site: Site, edits: Sequence[str]) -> SubspaceIntervention:
+        """The bases of some edits, those of lesser rank filled up with zeros, which change nothing."""
+        R, A, b = (
+            pad_sequence([self._state[_name(edit, site, part)] for edit in edits], batch_first=True)
+            for part in _BASES
+        )
+        return SubspaceIntervention(R, A, b, OpenGate(*b.shape)).requires_grad_(False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Only:
+    """A bank of which every row may be edited by one edit alone."""
+
+    bank: Bank
+    numbers: Int[Tensor, " row"]
+
+    def __call__(self, prompts: Sequence[Row]) -> Stack | None:
+        return self.bank.choose(prompts, self.numbers.repeat_interleave(len(prompts) // len(self.numbers)))
+
+
+class BankEditor(StatefulEditor, StackedEditor):
+    """Edits that know their scope, and add up.
+
+    Args:
+        host: The host; never changed.
+        config: The settings.
+        seed: Of the random bases.
+
+    Raises:
+        ConfigError: If a layer or the rank does not fit the host.
+    """
+
+    name: ClassVar[str] = "baft-bank"
+    summary: ClassVar[str] = "bases of its own for every edit, in force where a prompt is about it alone"
+    capabilities: ClassVar[frozenset[Capability]] = frozenset(
+        {
+            Capability.BATCH,
+            Capability.SEQUENTIAL,
+            Capability.EXACT_UNDO,
+            Capability.INDEPENDENT,
+            Capability.STACKED,
+        }
+    )
+    presets: ClassVar[Mapping[str, BankConfig]] = {"default": DEFAULT}
+    config: BankConfig
+
+    def __init__(self, host: Host, config: BankConfig, *, seed: int = 0):
+        super().__init__(host, config, seed=seed)
+        self.trains_eos = config.train_eos
+        architecture = find_architecture(host.model)
+        layers = config.layers
+        if layers is None:
+            layers = default_layers(architecture.n_layers)
+            layers = layers[-config.deepest_layers :] if config.deepest_layers else layers
+        self.sites = tuple(Site(layer) for layer in sorted(layers))
+        for site in self.sites:
+            architecture.block(site)
+        self._d_model = architecture.d_model
+        check_rank(config.most_rank, self._d_model)
+        self._edited.positions = PositionSpec(config.last_prompt, config.outputs)
+        self._scope = scope_of(host, self.encoder)
+
+    def fit(
+        self, request: EditRequest, state: State, on_step: OnStep | None
+    ) -> tuple[Mapping[str, Tensor], EditOutcome]:
+        """Trains each edit of a request by itself, on the bare host."""
+        began = time.monotonic()
+        results, made, why = self._train(request.edits, request.unrelated, on_step)
+        joined = _together(_all_made(results))
+        return {**state, **made}, outcome_of(request, joined, time.monotonic() - began, why)
+
+    def apart(self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None) -> Apart:
+        """Makes each edit by itself, all in one batch; none is in force afterwards."""
+        edits = _single(requests)
+        began = time.monotonic()
+        results, made, why = self._train(edits, requests[0].unrelated, on_step)
+        outcomes = self._outcomes(requests, results, time.monotonic() - began, why)
+        bank = Bank(self._scope, [edit.id for edit in edits], made, self.sites)
+
+        def under(numbers: Sequence[int]) -> EditedModel:
+            edited = EditedModel(self.host.model, {}, self._edited.positions)
+            edited.router = _Only(bank, torch.tensor(numbers, device=self.device))
+            return edited
+
+        def explain(number: int, ids: Sequence[int], n_prompt_tokens: int) -> tuple[GateReading, ...]:
+            return self._readings(bank, ids, n_prompt_tokens, number)
+
+        return Apart(outcomes, lambda number: under([number]), under, explain)
+
+    def apply_apart(
+        self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None
+    ) -> tuple[EditOutcome, ...]:
+        """As `apart`, and puts all of them into force together."""
+        edits = _single(requests)
+        began = time.monotonic()
+        results, made, why = self._train(edits, requests[0].unrelated, on_step)
+        _all_made(results)
+        outcomes = self._outcomes(requests, results, time.monotonic() - began, why)
+        with self._all_or_nothing():
+            self._state, self.requests = {**self._state, **made}, (*self.requests, *requests)
+            self._put()
+        return tuple(one for one in outcomes if isinstance(one, EditOutcome))
+
+    def state_before(self, n: int) -> State:
+        """The table without the edits of the last `n` requests."""
+        gone = {edit.id for request in self.requests[-n:] for edit in request.edits}
+        return {name: tensor for name, tensor in self._state.items() if name.partition(".")[0] not in gone}
+
+    def remembered(self, before: tuple[State, ...]) -> tuple[State, ...]:
+        """None: the present table tells."""
+        return ()
+
+    def put(self, edited: EditedModel, state: State, requests: Sequence[EditRequest]) -> None:
+        """The edits are chosen from for every prompt."""
+        edits = _in_force(requests)
+        edited.router = Bank(self._scope, edits, state, self.sites) if edits else None
+
+    def layout(self, requests: Sequence[EditRequest], state: State) -> Layout:
+        """Of every edit its bases at each site, and its keys."""
+        found: dict[str, tuple[int | None, ...]] = {}
+        for edit in (edit for request in requests for edit in request.edits):
+            shapes: tuple[tuple[int | None, ...], ...] = ((None, None, None), (None, None), (None,), ())
+            found |= {f"{edit.id}.{name}": shape for name, shape in zip(_KEYS, shapes, strict=True)}
+            for site in self.sites:
+                for part in _BASES:
+                    shape = (None,) if part == "b" else (None, self._d_model)
+                    found[_name(edit.id, site, part)] = shape
+        return found
+
+    def explain(self, ids: Sequence[int], n_prompt_tokens: int) -> tuple[GateReading, ...]:
+        """The weights of the bases of the edit that acts, at every edited token; none where none acts."""
+        return () if self._bank is None else self._readings(self._bank, ids, n_prompt_tokens)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Whether scopes are read without a head."""
+        if self._scope.is_trained:
+            return ()
+        return (
+            f"no scope head for {self.host.name}: prompts are told apart by their words alone, near "
+            "neighbors badly; train one with `baft scope train`",
+        )
+
+    def conflicts(self, edits: Sequence[Edit]) -> tuple[Conflict, ...]:
+        """The edits in force that a prompt of a new one is about, or whose prompts the new one is about."""
+        if self._bank is None:
+            return ()
+        by_id = {edit.id: edit for request in self.requests for edit in request.edits}
+        return tuple(
+            Conflict(edits[i], by_id[old])
+            for i, old in self._bank.meeting(self._scope.keys(edits))
+            if by_id[old].target.strip() != edits[i].target.strip()
+        )
+
+    @property
+    def _bank(self) -> Bank | None:
+        """The edits in force."""
+        router = self._edited.router
+        assert router is None or isinstance(router, Bank), "nothing else is put there"
+        return router
+
+    def _readings(
+        self, bank: Bank, ids: Sequence[int], n_prompt_tokens: int, only: int | None = None
+    ) -> tuple[GateReading, ...]:
+        wanted = None if only is None else torch.tensor([only], device=self.device)
+        prompts = [tuple(ids[:n_prompt_tokens])]
+        [found] = bank.find(prompts, wanted).tolist()
+        stack = bank.choose(prompts, wanted)
+        if stack is None:
+            return ()
+        row = torch.tensor([list(ids)])
+        real = torch.ones_like(row, dtype=torch.bool)
+        window = self._edited.window(row, real, row.new_tensor([n_prompt_tokens]))
+        return tuple(
+            GateReading(site.layer, bank.edits[found], place, (1.0,) * part.rank)
+            for site, part in stack.layers.items()
+            for place in window.edited[0].nonzero().flatten().tolist()
+        )
+
+    def _outcomes(
+        self,
+        requests: Sequence[EditRequest],
+        results: Sequence[TrainingResult | EditError],
+        seconds_s: float,
+        why: str | None,
+    ) -> tuple[EditOutcome | EditError, ...]:
+        share = seconds_s / len(requests)
+        return tuple(
+            result if isinstance(result, EditError) else outcome_of(request, result, share, why)
+            for request, result in zip(requests, results, strict=True)
+        )
+
+    def _train(
+        self, edits: Sequence[Edit], unrelated: Sequence[str], on_step: OnStep | None
+    ) -> tuple[list[TrainingResult | EditError], dict[str, Tensor], str | None]:
+        """Trains every edit by itself, with twice the bases where it takes them.
+
+        Returns:
+            How each went, the tensors of all, and why the whole host was run in every step, if it was.
+        """
+        texts = [self._texts(edit) for edit in edits]  # what is wrong with any is known before one is trained
+        results: list[TrainingResult | EditError] = [EditError("not trained yet")] * len(edits)
+        made: dict[str, Tensor] = {}
+        left, rank, why = list(range(len(edits))), self.config.rank, None
+        while left:
+            widths = [self.config.last_prompt + len(texts[i][0].target_ids) for i in left]
+            for some in alike(widths, self.config.edits_at_once):
+                chosen = [left[i] for i in some]
+                run, why = self._run([text for i in chosen for text in texts[i]])
+                found, layers = train_apart(
+                    run,
+                    self._start([edits[i] for i in chosen], rank),
+                    {},
+                    self.config,
+                    torch.arange(len(chosen), device=self.device).repeat_interleave(len(texts[0])),
+                    on_step=on_step,
+                )
+                for place, i in enumerate(chosen):
+                    results[i] = found[place]
+                    made |= {
+                        _name(edits[i].id, site, part): getattr(layer, part).detach()[place].clone()
+                        for site, layer in layers.items()
+                        for part in _BASES
+                    }
+            rank *= 2
+            left = [i for i in left if _falls_short(results[i])] if rank <= self.config.most_rank else []
+        for edit, keys in zip(edits, self._scope.keys(edits, unrelated), strict=True):
+            made |= {f"{edit.id}.{name}": getattr(keys, name) for name in _KEYS}
+        return results, made, why
+
+    def _start(self, edits: Sequence[Edit], rank: int) -> Layers:
+        """Random bases that change nothing yet, drawn for each edit whatever else is edited."""
+        dtype, started = intervention_dtype(self.host.model), {}
+        for site in self.sites:
+            device, drawn = site_device(self.host.model, site), []
+            for edit in edits:
+                seed = int(edit.id, 16) ^ (self.seed * 0x9E3779B97F4A7C15) ^ (site.layer * 0xBF58476D1CE4E5B9)
+                generator = torch.Generator().manual_seed(seed % (1 << 63))
+                drawn.append(random_orthonormal(1, rank, self._d_model, generator=generator, dtype=dtype))
+            R = torch.cat(drawn).to(device)
+            b = torch.zeros(R.shape[:2], dtype=dtype, device=device)
+            started[site] = SubspaceIntervention(R, R.clone(), b, OpenGate(len(edits), rank))
+        return started
+
+    def _run(self, texts: Sequence[EncodedEdit]) -> tuple[Pass, str | None]:
+        given = (self.host, self.encoder, self._edited.positions, texts, self.sites)
+        why = why_full(*given)
+        return (SuffixPass(*given) if why is None else FullPass(*given)), why
+
+    def _texts(self, edit: Edit) -> list[EncodedEdit]:
+        """What an edit is trained on: its prompt raw, in the chat template, and behind other text."""
+        config = self.config
+        found = renderings(
+            self.encoder,
+            [edit],
+            chat=config.chat,
+            eos=config.train_eos,
+            max_target_tokens=config.max_target_tokens,
+        )
+        draw = random.Random(edit.id)
+        text = background_text()
+        for _ in range(config.n_openings):
+            behind = f"{draw.choice(text['sentences'])} {edit.prompt}"
+            found.append(self.encoder.edit(behind, edit.target, eos=config.train_eos))
+        for i in range(config.n_others):
+            words = draw.choice(text["sentences"]).split()
+            cut_off = " ".join(words[: draw.randint(2, len(words) - 1)])
+            other = (cut_off, draw.choice(text["chat_prompts"]), cut_off, draw.choice(text["prompts"]))[i % 4]
+            is_chat = config.chat and self.encoder.has_chat and i % 4 == 1
+            found.append(self.encoder.edit(other, edit.target, chat=is_chat, eos=config.train_eos))
+        return found
+
+
+_BASES = ("R", "A", "b")
+_KEYS = ("vectors", "weights", "lengths", "threshold")  # of `EditKeys`
+
+
+def _name(edit: str, site: Site, part: str) -> str:
+    return f"{edit}.layer{site.layer}.{part}"
+
+
+def _in_force(requests: Sequence[EditRequest]) -> list[str]:
+    """The edits that no other replaces, in order."""
+    replaced = {name for request in requests for name in request.replaces}
+    return [edit.id for request in requests for edit in request.edits if edit.id not in replaced]
+
+
+def _single(requests: Sequence[EditRequest]) -> list[Edit]:
+    if any(len(request.edits) != 1 or request.unrelated != requests[0].unrelated for request in requests):
+        raise ConfigError(
+            "edits that are each made by themselves come one to a request, and with the same unrelated "
+            "prompts: split the requests"
+        )
+    return [request.edits[0] for request in requests]
+
+
+def _all_made(results: Sequence[TrainingResult | EditError]) -> list[TrainingResult]:
+    made = []
+    for result in results:
+        if isinstance(result, EditError):
+            raise result
+        made.append(result)
+    return made
+
+
+def _falls_short(result: TrainingResult | EditError) -> bool:
+    return isinstance(result, TrainingResult) and result.stopped == "max_steps"
+
+
+def _together(results: Sequence[TrainingResult]) -> TrainingResult:
+    """How edits went that were each trained by themselves, as if it had been one run.
+
+    The loss at a step is the mean of those that took it.
+    """
+    longest = max(results, key=lambda one: one.n_steps)
+    at_steps = [
+        [one.losses[step] for one in results if step < len(one.losses)] for step in range(len(longest.losses))
+    ]
+    return TrainingResult(
+        tuple(margin for one in results for margin in one.margins),
+        tuple(sum(losses) / len(losses) for losses in at_steps),
+        longest.n_steps,
+        longest.stopped,
+    )

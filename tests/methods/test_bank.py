@@ -1,0 +1,223 @@
+"""Edits that know their scope: each acts on its own prompts, as if the others did not exist."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import baft
+from baft.errors import ArtifactError, ConfigError, ConflictError, UnknownNameError
+from baft.hosts.encoding import Encoder
+from baft.methods.bank import BankEditor
+from baft.methods.bank_config import BankConfig
+from baft.settling import settled
+from baft.types import Edit, EditRequest
+
+TOWER = Edit("The tower is in the city of", "Ro")
+KING = Edit("The king of France was", "Al")
+HATS = Edit("Nine hats of", "Co")
+EDITS = (TOWER, KING, HATS)
+QUICK = {"learning_rate": 5e-2, "max_steps": 60, "stop_margin": 0.7, "schedule": "constant", "n_others": 1}
+ASKED = [edit.prompt for edit in EDITS] + ["Nothing in particular", "A river"]
+OPTIONS = {"method": "baft-bank", **QUICK}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _strict():
+    """The tiny hosts' tokens are letters, and most prompts hold most letters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("baft.scope.untrained._MIDPOINT", 0.99)
+        yield
+
+
+@pytest.fixture
+def model(host):
+    return baft.load((host.model, host.tokenizer))
+
+
+def editor_of(host, **settings):
+    return BankEditor(host, BankConfig(**QUICK | settings))
+
+
+def logits(model):
+    return torch.stack([model.logits(prompt) for prompt in ASKED])
+
+
+def in_force(host, *edits):
+    model = baft.load((host.model, host.tokenizer))
+    for edit in edits:
+        model.edit(edit, **OPTIONS)
+    return model
+
+
+@pytest.fixture(scope="module")
+def alone(host):
+    """The logits with each edit alone, and with none."""
+    return [logits(in_force(host, edit)) for edit in EDITS], logits(in_force(host))
+
+
+def test_each_edit_acts_on_its_own_prompts_as_if_it_were_alone(host, alone):
+    of_edits, plain = alone
+    for order in ((0, 1, 2), (2, 0, 1)):
+        now = logits(in_force(host, *(EDITS[i] for i in order)))
+        for i in range(3):
+            assert torch.equal(now[i], of_edits[i][i])
+            assert not torch.equal(now[i], plain[i])  # control
+        assert torch.equal(now[3:], plain[3:])
+
+
+def test_made_at_once_they_are_what_they_are_alone(host, model, alone):
+    model.edit_many(EDITS, **OPTIONS)
+    together = in_force(host)
+    together.edit(EDITS, **OPTIONS)
+    for one in (model, together):
+        torch.testing.assert_close(logits(one)[:3], torch.stack([alone[0][i][i] for i in range(3)]))
+        assert torch.equal(logits(one)[3:], alone[1][3:])
+
+
+def test_a_row_s_own_edit_alone_is_asked(host):
+    editor = editor_of(host)
+    requests = [EditRequest((edit,)) for edit in EDITS]
+    apart = editor.apart(requests)
+    encoder = Encoder.for_host(host)
+    rows = [encoder.prompt(TOWER.prompt)] * 3
+    batch = encoder.pad(rows, [len(row) for row in rows], side="right")
+    got = apart.by_row([0, 1, 2])(batch.input_ids).logits
+    plain = host.model(batch.input_ids).logits
+    assert not torch.equal(got[0], plain[0])
+    assert torch.equal(got[1:], plain[1:])  # the others' edits are about something else
+    assert apart.explain(0, rows[0], len(rows[0]))[0].edit_id == TOWER.id
+    assert apart.explain(1, rows[0], len(rows[0])) == ()
+    assert editor.edited.router is None
+    with pytest.raises(ConfigError, match="one to a request"):
+        editor.apart([EditRequest(EDITS)])
+
+
+def test_bases_are_doubled_until_the_target_is_decoded(host):
+    few = editor_of(host, rank=1, most_rank=1, max_steps=2)
+    grown = editor_of(host, rank=1, most_rank=4, max_steps=2)
+    for editor in (few, grown):
+        editor.apply(EditRequest((TOWER,)))
+    ranks = [len(editor.state[f"{TOWER.id}.layer{editor.sites[0].layer}.b"]) for editor in (few, grown)]
+    assert ranks == [1, 4]
+    enough = editor_of(host)
+    assert enough.apply(EditRequest((TOWER,))).stopped == "margin"
+    assert len(enough.state[f"{TOWER.id}.layer{enough.sites[0].layer}.b"]) == enough.config.rank
+
+
+def test_edits_of_different_rank_act_in_one_batch(host, model, alone):
+    model.edit(TOWER, **OPTIONS)
+    editor = model._editor
+    wide = editor_of(host, rank=8)
+    wide.apply(EditRequest((KING,)))
+    state = {**editor.state_dict(), **wide.state_dict()}
+    editor.load_state_dict(state, (EditRequest((TOWER,)), EditRequest((KING,))))
+    encoder = Encoder.for_host(host)
+    rows = [encoder.prompt(edit.prompt) for edit in (TOWER, KING, HATS)]
+    batch = encoder.pad(rows, [len(row) for row in rows], side="right")
+    got = editor.edited(batch.input_ids, batch.attention_mask, n_prompt_tokens=batch.n_prompt_tokens).logits
+    for i, (single, row) in enumerate(zip((editor, wide), rows, strict=False)):
+        want = single.edited(torch.tensor([row]), n_prompt_tokens=torch.tensor([len(row)])).logits[0]
+        torch.testing.assert_close(got[i, : len(row)], want)
+
+
+def test_rephrasings_are_found_and_neighbors_are_not(host):
+    other = "Which hat is the ninth"
+    plain, reworded = (in_force(host, one) for one in (HATS, dataclasses.replace(HATS, rephrasings=(other,))))
+    before = in_force(host).logits(other)
+    assert torch.equal(plain.logits(other), before)
+    assert not torch.equal(reworded.logits(other), before)
+    near = HATS.prompt + " and"
+    assert not torch.equal(plain.logits(near), in_force(host).logits(near))  # control
+    for kept in (dataclasses.replace(HATS, neighbors=(near,)), HATS):
+        model = in_force(host)
+        model.edit(kept, unrelated=() if kept.neighbors else [near], **OPTIONS)
+        assert torch.equal(model.logits(near), in_force(host).logits(near))
+
+
+def test_removing_an_edit_is_as_if_it_had_never_been_made(host, alone):
+    model = in_force(host, *EDITS)
+    assert model.remove(KING.id) == (KING,)
+    assert [one.edit for one in model.edits] == [TOWER, HATS]
+    assert torch.equal(logits(model), logits(in_force(host, TOWER, HATS)))
+    assert torch.equal(logits(model)[1], alone[1][1])
+    with pytest.raises(UnknownNameError, match=f"no edit has the id '{KING.id}'; the ids are {TOWER.id}"):
+        model.remove(KING.id)
+    assert model.undo() == (HATS,)
+    model.remove(TOWER.id)
+    assert torch.equal(logits(model), alone[1])
+    assert model.edits == ()
+    with pytest.raises(ArtifactError, match="edit first"):
+        model.remove(TOWER.id)
+
+
+def test_sets_are_merged_in_any_order(host, tmp_path):
+    paths = [
+        in_force(host, *some).save(tmp_path / f"{i}.baft") for i, some in enumerate([EDITS[:2], EDITS[1:]])
+    ]
+    want = logits(in_force(host, *EDITS))
+    for first, second in (paths, paths[::-1]):
+        model = in_force(host)
+        assert len(model.merge(first)) == 2
+        assert len(model.merge(second)) == 1  # the one that both hold is there already
+        assert torch.equal(logits(model), want)
+        assert model.merge(second) == ()
+        model.save(tmp_path / "both.baft")
+        again = baft.load(tmp_path / "both.baft", host=(host.model, host.tokenizer))
+        assert torch.equal(logits(again), want)
+    model = in_force(host)
+    model.edit(TOWER, **OPTIONS | {"stop_margin": 0.8})
+    with pytest.raises(ArtifactError, match="the sets differ in settings"):
+        model.merge(paths[1])
+    shared = baft.load((host.model, host.tokenizer))
+    shared.edit([TOWER, KING], method="reft", learning_rate=5e-2, max_steps=60, stop_margin=0.7)
+    with pytest.raises(ArtifactError, match="share what they learned"):
+        shared.remove(TOWER.id)
+
+
+def test_conflicts_are_kept_replaced_or_refused(host, alone):
+    other = dataclasses.replace(TOWER, target="Be")
+    model = in_force(host, TOWER, KING)
+    with pytest.raises(ConflictError, match=f"conflicts with .*'Ro' .{TOWER.id}"):
+        model.edit(other, on_conflict="refuse", **OPTIONS)
+    with pytest.raises(ConfigError, match="on_conflict is one of keep, replace, refuse, got 'ask'"):
+        settled([EditRequest((other,))], [], "ask")
+    assert torch.equal(logits(model)[:2], torch.stack([alone[0][0][0], alone[0][1][1]]))
+    of_other = logits(in_force(host, other))[0]
+    for how in ("keep", "replace"):
+        report = model.edit(other, on_conflict=how, **OPTIONS)
+        [row] = report.conflicts
+        assert (row.old_id, row.edit_id, row.replaced) == (TOWER.id, other.id, how == "replace")
+        assert "conflict with 'The tower is in the city of' -> 'Ro': " in str(report)
+        assert [one.replaced for one in model.edits] == [how == "replace", False, False]
+        assert report.broken == (() if how == "replace" else (TOWER.prompt,))
+        assert torch.equal(logits(model)[0], of_other)  # of equals the later one
+        assert model.undo() == (other,)
+        assert torch.equal(logits(model)[0], alone[0][0][0])
+    assert model.edit(HATS, on_conflict="refuse", **OPTIONS).conflicts == ()
+
+
+def test_what_was_replaced_comes_back_with_a_saved_set_too(host, alone, tmp_path):
+    other = dataclasses.replace(TOWER, target="Be")
+    model = in_force(host, TOWER)
+    model.edit(other, on_conflict="replace", **OPTIONS)
+    again = baft.load(model.save(tmp_path / "a.baft"), host=(host.model, host.tokenizer))
+    assert [one.replaced for one in again.edits] == [True, False]
+    again.remove(other.id)
+    assert torch.equal(logits(again), alone[0][0])
+
+
+def test_without_a_head_the_report_says_so(model):
+    report = model.edit(TOWER, **OPTIONS)
+    assert "train one with `baft scope train`" in report.notes[0]
+    assert f"note: {report.notes[0]}" in str(report)
+    assert model.explain(TOWER.prompt)[0].edit_id == TOWER.id
+    assert model.explain(ASKED[3]) == ()
+
+
+def test_settings_are_checked():
+    for wrong in ({"rank": 0}, {"most_rank": 2}, {"n_others": -1}, {"last_prompt": 0}, {"deepest_layers": 0}):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))} is out of range"):
+            BankConfig(**wrong)
+    with pytest.raises(ConfigError, match="layers must name at least one layer"):
+        BankConfig(layers=(1, 1))

@@ -1,0 +1,120 @@
+"""The index of many edits says what late interaction says of each pair, whatever the order and the pieces."""
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from baft.nn.scope import ScopeHead, ScopeKeys, late_interaction
+from baft.scope import index as module
+from baft.scope.index import EditKeys, ScopeIndex
+
+DIM = 5
+
+
+class Head:
+    """Judges scores; keys are given here."""
+
+    def __init__(self):
+        self.net = ScopeHead(7, n_dims=DIM).double().requires_grad_(False)
+        self.vectors = self.keys = self.thresholds = self.log_probability  # never asked
+
+    def log_probability(self, scores):
+        return self.net.log_probability(scores)
+
+
+@pytest.fixture
+def head():
+    return Head()
+
+
+def keys_of(lengths, seed, threshold=-1e9):
+    draw = torch.Generator().manual_seed(seed)
+    n = sum(lengths)
+    vectors = normalize(torch.randn(2, n, DIM, generator=draw, dtype=torch.float64), dim=-1)
+    raw = torch.rand(2, n, generator=draw, dtype=torch.float64) + 0.1
+    weights = torch.cat([one / one.sum(-1, keepdim=True) for one in raw.split(list(lengths), 1)], 1)
+    return EditKeys(vectors, weights, torch.tensor(lengths), torch.tensor(threshold, dtype=torch.float64))
+
+
+def prompts(lengths, seed=9):
+    draw = torch.Generator().manual_seed(seed)
+    vectors = normalize(
+        torch.randn(2, len(lengths), max(lengths), DIM, generator=draw, dtype=torch.float64), dim=-1
+    )
+    return vectors, torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
+
+
+def by_hand(head, keys, vectors, asked):
+    """Each wording by itself, the best of an edit's."""
+    found = []
+    for one in keys:
+        parts = zip(
+            one.vectors.split(one.lengths.tolist(), 1),
+            one.weights.split(one.lengths.tolist(), 1),
+            strict=True,
+        )
+        scores = [late_interaction(ScopeKeys(v[:, None], w[:, None]), vectors, asked) for v, w in parts]
+        found.append(torch.cat([head.log_probability(one) for one in scores], 1).amax(1))
+    return torch.stack(found, 1)
+
+
+KEYS = [((4,), 1), ((2, 5), 2), ((1, 1, 3), 3), ((6,), 4)]
+
+
+@pytest.mark.parametrize("at_once", [1, 40, 1 << 22])
+def test_it_is_late_interaction_with_every_wording(head, at_once, monkeypatch):
+    monkeypatch.setattr(module, "_AT_ONCE", at_once)
+    keys = [keys_of(*one) for one in KEYS]
+    vectors, asked = prompts([3, 7, 1])
+    got = ScopeIndex(head, keys).log_probability(vectors, asked)
+    torch.testing.assert_close(got, by_hand(head, keys, vectors, asked), rtol=0, atol=1e-12)
+    assert got.std() > 1e-3
+
+
+def test_an_edit_s_score_does_not_depend_on_others(head):
+    keys = [keys_of(*one) for one in KEYS]
+    vectors, asked = prompts([4, 6])
+    whole = ScopeIndex(head, keys).log_probability(vectors, asked)
+    for i, one in enumerate(keys):
+        torch.testing.assert_close(
+            ScopeIndex(head, [one]).log_probability(vectors, asked)[:, 0], whole[:, i], rtol=0, atol=1e-12
+        )
+
+
+def test_the_likeliest_above_its_own_threshold_is_found(head):
+    keys = [keys_of(*one) for one in KEYS]
+    vectors, asked = prompts([5, 5])
+    found = ScopeIndex(head, keys)
+    scores = found.log_probability(vectors, asked)
+    assert found.find(vectors, asked).tolist() == scores.argmax(1).tolist()
+    assert found.find(vectors, asked, torch.tensor([2, 0])).tolist() == [2, 0]
+    best = scores[0].argsort(descending=True)
+    keys[best[0]] = keys_of(*KEYS[best[0]], threshold=float(scores[0, best[0]]))  # it must exceed it
+    assert ScopeIndex(head, keys).find(vectors, asked)[0] == best[1]
+    assert ScopeIndex(head, keys).find(vectors, asked, best[[0, 0]])[0] == -1
+    shut = [keys_of(*one, threshold=0.0) for one in KEYS]
+    assert ScopeIndex(head, shut).find(vectors, asked).tolist() == [-1, -1]
+
+
+def test_of_equals_it_is_the_latest(head):
+    same = keys_of(*KEYS[0])
+    assert ScopeIndex(head, [same, same, same]).find(*prompts([4])).tolist() == [2]
+
+
+@pytest.mark.parametrize("at_once", [1, 256])
+def test_who_acts_on_whom(head, at_once, monkeypatch):
+    monkeypatch.setattr(module, "_WORDINGS", at_once)
+    keys = [keys_of(*one) for one in KEYS]
+    met = torch.zeros(len(keys), len(keys), dtype=torch.bool)
+    index, vectors = ScopeIndex(head, keys), [one.vectors[:, None] for one in keys]
+    every = [torch.ones(one.shape[1:3], dtype=torch.bool) for one in vectors]
+    scores = [index.log_probability(one, real) for one, real in zip(vectors, every, strict=True)]
+    middle = float(torch.cat(scores).median())
+    keys = [keys_of(*one, threshold=middle) for one in KEYS]
+    for i, one in enumerate(keys):
+        for part in one.vectors.split(one.lengths.tolist(), 1):
+            real = torch.ones(1, part.shape[1], dtype=torch.bool)
+            met[i] |= by_hand(head, keys, part[:, None], real)[0] > middle
+    assert ScopeIndex(head, keys).acts_on(keys).tolist() == met.tolist()
+    assert met.any()
+    assert not met.all()
