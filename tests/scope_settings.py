@@ -5,7 +5,7 @@ import pytest
 from baft.hosts.background import background_text
 from baft.scope import calibration, text
 
-LITTLE = {"n_groups": 2, "n_at_once": 2, "n_uses": 1, "n_dims": 8, "n_hidden": 4, "n_calibrate": 30}
+LITTLE = {"n_groups": 2, "n_at_once": 2, "n_uses": 1, "n_dims": 8, "n_hidden": 4, "n_calibrate": 60}
 
 
 def read_little(monkeypatch: pytest.MonkeyPatch) -> None:

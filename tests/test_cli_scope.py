@@ -53,7 +53,6 @@ def test_a_head_is_trained_once_and_said_to_be_there(host: Path) -> None:
     kept = heads.find_head(load_host(host))
     assert kept is not None
     assert (data["trained_now"], data["seed"], data["settings"]["n_dims"]) == (True, 0, 8)
-    assert data["calibration"]["threshold"] == kept.about.calibration.threshold
     assert data["calibration"]["fired_bound"] == kept.about.calibration.fired_bound
     again = train(host).stdout
     assert f"has a scope head: {data['file']}" in again

@@ -1,5 +1,6 @@
 """Bounds against the binomial distribution, thresholds against scores one at a time."""
 
+import copy
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from baft.nn.scope import ScopeHead, late_interaction
 from baft.scope.calibration import (
+    Calibration,
     _unrelated,
     calibrate,
     own_thresholds,
@@ -18,7 +20,7 @@ from baft.scope.calibration import (
     tolerance_threshold,
 )
 from baft.scope.reading import Reader, padded
-from baft.scope.text import Fact
+from baft.scope.text import Fact, ScopeText
 from tiny import tiny_host, tiny_tokenizer
 
 
@@ -64,28 +66,43 @@ def test_the_bound_of_a_share_is_that_of_clopper_and_pearson():
     assert share_bound(10, 10) == 1.0
 
 
-def test_an_edits_own_threshold_is_what_no_ordinary_text_exceeds(reader, head, ordinary):
+def test_an_edits_own_threshold_is_what_no_ordinary_text_exceeds(reader, head, ordinary, monkeypatch):
     assert sum(ordinary.lengths) == ordinary.vectors.shape[1]
     prompts = ["The capital of Norway is", "Who wrote it?"]
     keys = head.keys(*padded(reader.words([reader.encoder.prompt(one) for one in prompts])))
-    best = torch.full((2,), -math.inf)
+    best = torch.full((2,), math.log(0.5))
     for text in ordinary.vectors.split(ordinary.lengths, dim=1):
         scores = late_interaction(keys, text.unsqueeze(1), torch.ones(1, text.shape[1]).bool())
         best = torch.maximum(best, head.log_probability(scores)[0])
     torch.testing.assert_close(own_thresholds(head, ordinary, keys), best, rtol=0, atol=1e-5)
     assert best[0] != best[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(head.midpoints, "data", torch.full((2,), 2.0))
+        assert own_thresholds(head, ordinary, keys).tolist() == pytest.approx([math.log(0.5)] * 2)
 
 
 def test_a_calibration_keeps_neighbors_out(reader, head, ordinary):
-    strict, loose = (
-        calibrate(reader, head, ordinary, near_share=share, n_groups=30, seed=1) for share in (0.1, 0.5)
-    )
-    assert strict.threshold > loose.threshold
-    assert strict == calibrate(reader, head, ordinary, near_share=0.1, n_groups=30, seed=1)
-    assert (strict.n_near, strict.near_share) == (30, 0.1)
-    assert strict.n_asked == strict.n_edits > 80
-    assert 0 <= strict.n_fired <= loose.n_fired  # of the one with a lower threshold
-    assert strict.fired_bound == share_bound(strict.n_fired, strict.n_asked)
+    found = []
+    for share in (0.1, 0.5):
+        one = copy.deepcopy(head)
+        told = calibrate(
+            reader, one, ordinary, other_subject=share, other_relation=share, n_groups=30, seed=1
+        )
+        groups = [text.group(1) for text in [ScopeText("calibrate", 1)] for _ in range(30)]
+        encode = reader.encoder.prompt
+        keys = one.keys(*padded(reader.words([encode(group[0].prompt) for group in groups])))
+        for channel, place in enumerate((1, -1)):
+            asked = padded(reader.words([encode(group[place].asked[0]) for group in groups]))
+            scores = late_interaction(keys, one.vectors(asked[0]), asked[1])
+            above = scores[channel].diagonal() - one.midpoints[channel]
+            n_passed = int((above > 1e-5).sum())
+            assert chance_of_at_most(n_passed, 30, share) <= 0.05 < chance_of_at_most(n_passed + 1, 30, share)
+        assert told == Calibration(share, share, 30, told.n_fired, told.n_asked, told.n_edits)
+        assert told.n_asked == told.n_edits > 80
+        assert told.fired_bound == share_bound(told.n_fired, told.n_asked)
+        found.append((one.midpoints, told.n_fired))
+    assert (found[0][0] > found[1][0]).all()
+    assert found[0][1] <= found[1][1]
 
 
 def test_only_what_shares_nothing_is_unrelated():

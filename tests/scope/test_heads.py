@@ -1,5 +1,6 @@
 """What is kept of a head comes back, and to its own host alone."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -46,30 +47,25 @@ def same(one, other):
     )
 
 
-def scores(head):
-    features = torch.randn(3, 5, 96, generator=torch.Generator().manual_seed(0))
-    keys = head.keys(features, torch.ones(3, 5).bool())
-    return head.margins(torch.rand(2, 4, 3), head.thresholds(keys)), head.thresholds(keys)
-
-
 def test_a_head_comes_back_as_it_was(made):
     head, path = made
     assert same(read_head(path, host()), head)
     assert [one.name for one in path.parent.iterdir()] == [path.name]
-    assert {str(one.dtype) for name, one in load_file(path).items() if name.startswith("net.")} == {
-        "torch.float16"
-    }
+    assert load_file(path)["net.projections.0.weight"].dtype == torch.float16
     assert head.about.seed == 3
 
 
-def test_margins_are_what_lies_above_the_thresholds(made):
+def test_edits_act_from_one_half_on_and_where_no_ordinary_text_reaches(made):
     head, _ = made
-    margins, thresholds = scores(head)
-    assert margins.shape == (4, 3)
-    assert (thresholds >= head.about.calibration.threshold).all()
-    channels = torch.tensor([0.9, 0.8]).view(2, 1, 1).expand(2, 1, 3)
-    want = head.net.log_probability(channels) - thresholds
-    torch.testing.assert_close(head.margins(channels, thresholds), want)
+    features = torch.randn(3, 5, 96, generator=torch.Generator().manual_seed(0))
+    keys = head.keys(features, torch.ones(3, 5).bool())
+    thresholds = head.thresholds(keys)
+    assert (thresholds >= math.log(0.5)).all()
+    scores = head.net.midpoints.view(2, 1, 1).expand(2, 4, 3).clone()
+    scores[1] += 0.5
+    assert (head.log_probability(scores) < math.log(0.5)).all()  # one channel at its midpoint is not enough
+    assert torch.equal(head.log_probability(scores), head.net.log_probability(scores))
+    assert torch.equal(head.vectors(features), head.net.vectors(features))
 
 
 def test_a_trained_head_is_found_in_the_cache(cache):

@@ -93,7 +93,9 @@ def _data(head: "Head", path: Path, *, made: bool) -> dict[str, Any]:
 def _bounds(head: "Head") -> str:
     found = head.about.calibration
     return (
-        f"at most {found.near_share:.0%} of near neighbors fire an edit, and with {found.n_edits} edits at "
-        f"most {found.fired_bound:.2%} of questions about something else (95 % confidence); an ordinary text "
-        f"fires a given edit with a probability of at most 1/{len(head.ordinary.lengths) + 1}"
+        f"with 95 % confidence at most {found.other_subject:.0%} of neighbors with another subject and "
+        f"{found.other_relation:.0%} of those with another relation fire an edit ({found.n_near} of each "
+        f"asked), and with {found.n_edits} edits at most {found.fired_bound:.2%} of questions about something "
+        "else fire any; an ordinary text fires a given edit with a probability of at most "
+        f"1/{len(head.ordinary.lengths) + 1}"
     )

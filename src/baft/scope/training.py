@@ -17,6 +17,8 @@ from baft.nn.scope import ScopeHead, ScopeKeys, contrast, late_interaction
 from baft.scope.reading import Reader, padded
 from baft.scope.text import Fact, ScopeText
 
+Features = Float[Tensor, "text word n_features"]
+
 _WARM_UP = 20  # steps
 _READ = 256  # groups that are read at once
 _ROWS = 24  # prompts that are compared at once, of like length
@@ -36,11 +38,15 @@ class ScopeConfig:
         n_at_once: Groups in a step.
         n_asked: In how many other wordings each fact is asked.
         n_unrelated: Ordinary sentences in a step, which are about none of the facts.
+        hidden_share: So many of the numbers that are read of a token are hidden from the head, others each
+            time, as in dropout.
         learning_rate: Of Adam, at its highest; a warm-up and half a cosine.
         channel_weight: Of the losses of the channels by themselves, beside that of both together.
         hard_share: Of pairs that do not belong together, so many for every fact count, the worst.
-        near_share: Of near neighbors of an edit, at most this share shall pass its threshold.
-        n_calibrate: Near neighbors of each kind that the threshold is set on.
+        other_subject_share: Of neighbors with the relation of an edit and another subject, at most this share
+            shall pass.
+        other_relation_share: The same for another relation of the same subject.
+        n_calibrate: Neighbors of each kind that this is set on.
 
     Raises:
         ConfigError: If a number is not positive.
@@ -49,14 +55,16 @@ class ScopeConfig:
     n_dims: int = 64
     n_hidden: int = 64
     n_groups: int = 2048
-    n_uses: int = 8
+    n_uses: int = 5
     n_at_once: int = 16
     n_asked: int = 2
     n_unrelated: int = 6
+    hidden_share: float = 0.2
     learning_rate: float = 2e-3
     channel_weight: float = 0.5
     hard_share: int = 4
-    near_share: float = 0.1
+    other_subject_share: float = 0.05
+    other_relation_share: float = 0.35
     n_calibrate: int = 300
 
     def __post_init__(self) -> None:
@@ -165,7 +173,22 @@ def fit(
     draw: random.Random,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> ScopeHead:
-    """Trains a head on text as it was read; see `train_scope`."""
+    """Trains a head on text as it was read; see `train_scope`.
+
+    Args:
+        head: A new one; it is changed.
+        lessons: What it learns from.
+        config: Settings.
+        draw: Of all that is drawn.
+        on_step: See `train_scope`.
+    """
+    device = next(head.parameters()).device
+    generator = torch.Generator(device).manual_seed(draw.getrandbits(32))
+    kept = 1 - config.hidden_share
+
+    def hidden(features: Features) -> Features:
+        return features * torch.empty_like(features).bernoulli_(kept, generator=generator) / kept
+
     n_at_once = config.n_at_once
     n_steps = config.n_uses * math.ceil(len(lessons.groups) / n_at_once)
     optimizer = torch.optim.Adam(head.parameters(), lr=config.learning_rate)
@@ -178,7 +201,7 @@ def fit(
         mixed = draw.sample(lessons.groups, len(lessons.groups))
         for start in range(0, len(mixed), n_at_once):
             unrelated = draw.sample(lessons.unrelated, config.n_unrelated)
-            loss = _loss(head, config, mixed[start : start + n_at_once], unrelated)
+            loss = _loss(head, config, mixed[start : start + n_at_once], unrelated, hidden)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -197,14 +220,19 @@ def new_head(width: int, config: ScopeConfig, seed: int) -> ScopeHead:
 
 
 def _loss(
-    head: ScopeHead, config: ScopeConfig, groups: Sequence[Group], unrelated: Sequence[Lesson]
+    head: ScopeHead,
+    config: ScopeConfig,
+    groups: Sequence[Group],
+    unrelated: Sequence[Lesson],
+    hidden: Callable[[Features], Features],
 ) -> Float[Tensor, ""]:
     edits = [one for group in groups for one in group.edits]
     prompts = sorted(
         [*(one for group in groups for one in group.prompts), *unrelated], key=lambda one: len(one.words)
     )
-    keys = head.keys(*padded([one.words for one in edits]))
-    scores = _scores(head, keys, prompts)
+    features, real = padded([one.words for one in edits])
+    keys = head.keys(hidden(features), real)
+    scores = _scores(head, keys, prompts, hidden)
     whom = _same([one.subject for one in edits], [one.subject for one in prompts]).to(scores.device)
     what = _same([one.relation for one in edits], [one.relation for one in prompts]).to(scores.device)
     n_hard = config.hard_share * len(edits)
@@ -220,11 +248,11 @@ def _same(names: Sequence[str | None], others: Sequence[str | None]) -> Bool[Ten
 
 
 def _scores(
-    head: ScopeHead, keys: ScopeKeys, prompts: Sequence[Lesson]
+    head: ScopeHead, keys: ScopeKeys, prompts: Sequence[Lesson], hidden: Callable[[Features], Features]
 ) -> Float[Tensor, "channel prompt edit"]:
     """The scores of prompts, which are sorted by their length, some at a time."""
     found = []
     for start in range(0, len(prompts), _ROWS):
         features, real = padded([one.words for one in prompts[start : start + _ROWS]])
-        found.append(late_interaction(keys, head.vectors(features), real))
+        found.append(late_interaction(keys, head.vectors(hidden(features)), real))
     return torch.cat(found, 1)
