@@ -3,7 +3,7 @@
     make demo                                          the facts of demo/facts.toml, which must hold the
                                                        bars, and eight of the benchmark `facts`, shown
     python demo/run.py --benchmark                     the latter alone, held to the bars; they miss one
-    python demo/run.py --facts experiments/dev_facts.toml --set gate_midpoint=0.5 --brief
+    python demo/run.py --facts experiments/dev_facts.toml --set rank=8 --brief
                                                        the same on facts for choosing settings
 
 Ends with exit code 0 only if what README promises holds (`BARS`). Everything is shown, the failures too.
@@ -26,7 +26,7 @@ from rich.text import Text
 
 import baft
 from baft.data.facts import Facts
-from baft.types import EditCase
+from baft.types import DEFAULT_METHOD, EditCase
 
 HERE = Path(__file__).parent
 N_FACTS = 8  # of the benchmark
@@ -146,12 +146,12 @@ def mean_gate(model: baft.Model, probe: Probe) -> float:
         read = model.explain(messages=[{"role": "user", "content": probe.prompt}], max_new_tokens=0)
     else:
         read = model.explain(probe.prompt, max_new_tokens=0)
-    last = max(one.position for one in read)
+    last = max((one.position for one in read), default=0)
     by_edit: dict[str | None, list[float]] = {}
     for one in read:
         if one.position == last:
             by_edit.setdefault(one.edit_id, []).extend(one.weights)
-    return max(sum(weights) / len(weights) for weights in by_edit.values())
+    return max((sum(weights) / len(weights) for weights in by_edit.values()), default=0.0)
 
 
 def score(model: baft.Model, probes: list[Probe], before: dict[Probe, str]) -> list[Answer]:
@@ -226,7 +226,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--facts", type=Path, default=HERE / "facts.toml")
     parser.add_argument("--benchmark", action="store_true", help="facts of the benchmark `facts` instead")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--method", default="baft")
+    parser.add_argument("--method", default=DEFAULT_METHOD)
     parser.add_argument("--preset", default="default")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, value in JSON"

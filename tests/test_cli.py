@@ -335,7 +335,7 @@ def test_misuse_ends_with_code_two(arguments: tuple[str, ...], message: str) -> 
     ("arguments", "message"),
     [
         (("--method", "bafd"), "did you mean 'baft'?"),
-        (("--preset", "papr"), "did you mean 'paper'?"),
+        (("--method", "baft", "--preset", "papr"), "did you mean 'paper'?"),
         (("--set", "rnk=3"), "did you mean 'rank'?"),
         (("--set", "rank=many"), "expected a valid integer, got 'many'"),
         (("--set", "rank=0"), "rank is out of range"),

@@ -41,6 +41,7 @@ PROMPTS = [TOWER[0], KING[0], "Nothing in particular", "A"]
 CHAT = [{"role": "user", "content": "Who"}]
 # Larger steps and wider gates than real hosts need, the same whatever the presets say.
 OWN = {
+    "method": "baft",
     "learning_rate": 5e-2,
     "max_steps": 60,
     "stop_margin": 0.7,
@@ -309,7 +310,7 @@ def test_a_loaded_model_says_how_far_it_can_be_undone(model, pair, tmp_path):
 def test_after_all_is_undone_another_method_may_begin(model):
     model.edit(*TOWER, **SHARED)
     with pytest.raises(
-        ConfigError, match=r"were made by reft/default with seed 0, and baft/default with seed 0"
+        ConfigError, match=r"were made by reft/default with seed 0, and baft-bank/default with seed 0"
     ):
         model.edit(*KING)
     with pytest.raises(
@@ -562,7 +563,7 @@ def test_the_same_edit_twice_is_refused(model):
 
 def test_settings_that_are_wrong(model):
     for settings, message in (
-        ({"rnak": 3}, r"baft/default: unknown key 'rnak'; did you mean 'rank'"),
+        ({"rnak": 3}, r"baft-bank/default: unknown key 'rnak'; did you mean 'rank'"),
         ({"rank": 2.5}, r"rank: expected .*, got 2.5"),
         ({"rank": 0}, "rank is out of range: got 0, expected at least 1"),
         ({"rank": 33}, "rank 33 is impossible: 32 hidden units"),
@@ -570,12 +571,12 @@ def test_settings_that_are_wrong(model):
         ({"layers": []}, "at least one layer"),
         ({"learning_rate": float("nan")}, "finite number, got nan"),
         ({"learning_rate": "1e-3"}, "learning_rate"),
-        ({"gate": "open"}, "do not fit"),
+        ({"method": "baft", "gate": "open"}, "do not fit"),
     ):
         with pytest.raises(ConfigError, match=message):
             model.edit(*TOWER, **settings)
     with pytest.raises(UnknownNameError, match="unknown baft preset 'papper'; did you mean 'paper'"):
-        model.edit(*TOWER, preset="papper")
+        model.edit(*TOWER, method="baft", preset="papper")
     with pytest.raises(UnknownNameError, match="did you mean 'reft'"):
         model.edit(*TOWER, method="refd")
     assert untouched(model)
@@ -820,7 +821,7 @@ def test_a_damaged_artifact_is_refused(told, pair, tmp_path):
 
 
 def test_what_cannot_be_saved(model, tmp_path):
-    with pytest.raises(ArtifactError, match="there is no edit to save: edit first"):
+    with pytest.raises(ArtifactError, match="there is no edit: edit first"):
         model.save(tmp_path / "set.baft")
     model.edit(*TOWER, **DULL)
     with pytest.raises(ArtifactError, match=r"ends in .baft, got .*: use .*set.baft"):
@@ -920,7 +921,7 @@ def test_the_embedded_host_learns_a_fact(tmp_path, monkeypatch):
     n = len(model.tokenizer(prompt).input_ids)
     last = [max(one.weights) for one in model.explain(prompt) if one.position == n - 1]
     assert max(last) > 0.9  # open at its own key
-    assert max(max(one.weights) for one in model.explain("The capital of France is")) < 0.5
+    assert model.explain("The capital of France is") == ()
     assert " Paris" in model.generate("The capital of France is", max_new_tokens=3)
     again = baft.load(model.save(tmp_path / "rome.baft"))
     assert torch.equal(again.logits(prompt), model.logits(prompt))

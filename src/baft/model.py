@@ -43,7 +43,7 @@ from baft.methods.base import (
 )
 from baft.report import AppliedEdit, EditReport, TokenGates
 from baft.settling import OnConflict, conflict_rows, settled
-from baft.types import Edit, EditRequest, as_edits
+from baft.types import DEFAULT_METHOD, Edit, EditRequest, as_edits
 from baft.witness import Witness
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class Model:
         prompt: str | Edit | Sequence[Edit],
         target: str | None = None,
         *,
-        method: str = "baft",
+        method: str = DEFAULT_METHOD,
         preset: str = "default",
         subject: str | None = None,
         unrelated: Sequence[str] = (),
@@ -189,7 +189,7 @@ class Model:
         self,
         edits: Sequence[Edit],
         *,
-        method: str = "baft",
+        method: str = DEFAULT_METHOD,
         preset: str = "default",
         unrelated: Sequence[str] = (),
         seed: int = 0,

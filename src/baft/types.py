@@ -89,6 +89,8 @@ class Edit:
             raise InputError(f"{where}: {error}") from None
 
 
+DEFAULT_METHOD = "baft-bank"  # of edits, where none is named
+
 _TEXTS = ("prompt", "target", "subject", "ground_truth")
 _LISTS = ("rephrasings", "neighbors")
 

@@ -216,7 +216,7 @@ def test_without_a_head_the_report_says_so(model):
 
 
 def test_settings_are_checked():
-    for wrong in ({"rank": 0}, {"most_rank": 2}, {"n_others": -1}, {"last_prompt": 0}, {"deepest_layers": 0}):
+    for wrong in ({"rank": 0}, {"most_rank": 0}, {"n_others": -1}, {"last_prompt": 0}, {"deepest_layers": 0}):
         with pytest.raises(ConfigError, match=f"{next(iter(wrong))} is out of range"):
             BankConfig(**wrong)
     with pytest.raises(ConfigError, match="layers must name at least one layer"):

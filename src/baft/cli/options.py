@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from baft.errors import ArtifactError, ConfigError, InputError
-from baft.types import Edit
+from baft.types import DEFAULT_METHOD, Edit
 
 DEFAULT_HOST = "smollm2"
 
@@ -51,7 +51,8 @@ Host = Annotated[
     ),
 ]
 Method = Annotated[
-    str | None, typer.Option("--method", metavar="NAME", help="See `baft methods`. [default: baft]")
+    str | None,
+    typer.Option("--method", metavar="NAME", help=f"See `baft methods`. [default: {DEFAULT_METHOD}]"),
 ]
 Preset = Annotated[
     str | None, typer.Option("--preset", metavar="NAME", help="Settings of the method. [default: default]")
@@ -151,7 +152,7 @@ def find_recipe(
     from baft.methods.base import methods
 
     if base is None:
-        recipe = Recipe(method or "baft", preset or "default", seed or 0, settings)
+        recipe = Recipe(method or DEFAULT_METHOD, preset or "default", seed or 0, settings)
         start = config.to_dict(methods.get(recipe.method).preset(recipe.preset))
     else:
         saved = artifact.read(base)

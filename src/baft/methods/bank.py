@@ -151,7 +151,7 @@ class BankEditor(StatefulEditor, StackedEditor):
         for site in self.sites:
             architecture.block(site)
         self._d_model = architecture.d_model
-        check_rank(config.most_rank, self._d_model)
+        check_rank(config.rank, self._d_model)
         self._edited.positions = PositionSpec(config.last_prompt, config.outputs)
         self._scope = scope_of(host, self.encoder)
 
@@ -318,7 +318,8 @@ class BankEditor(StatefulEditor, StackedEditor):
                         for part in _BASES
                     }
             rank *= 2
-            left = [i for i in left if _falls_short(results[i])] if rank <= self.config.most_rank else []
+            most_rank = min(self.config.most_rank, self._d_model)
+            left = [i for i in left if _falls_short(results[i])] if rank <= most_rank else []
         for edit, keys in zip(edits, self._scope.keys(edits, unrelated), strict=True):
             made |= {f"{edit.id}.{name}": getattr(keys, name) for name in _KEYS}
         return results, made, why

@@ -50,7 +50,7 @@ class BankConfig(TrainingConfig):
             # The last prompt token predicts the first of the target: without it no edit can be learned.
             "last_prompt": (self.last_prompt >= 1, "at least 1"),
             "rank": (self.rank >= 1, "at least 1"),
-            "most_rank": (self.most_rank >= self.rank, "at least rank"),
+            "most_rank": (self.most_rank >= 1, "at least 1"),
             "deepest_layers": (
                 self.deepest_layers is None or self.deepest_layers >= 1,
                 "at least 1, or None",
