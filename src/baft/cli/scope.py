@@ -95,7 +95,7 @@ def _bounds(head: "Head") -> str:
     return (
         f"with 95 % confidence at most {found.other_subject:.0%} of neighbors with another subject and "
         f"{found.other_relation:.0%} of those with another relation fire an edit ({found.n_near} of each "
-        f"asked), and with {found.n_edits} edits at most {found.fired_bound:.2%} of questions about something "
-        "else fire any; an ordinary text fires a given edit with a probability of at most "
+        f"asked), and with {found.n_edits} edits at most {found.fired_bound:.2%} of questions about "
+        "something else fire any; an ordinary text fires a given edit with a probability of at most "
         f"1/{len(head.ordinary.lengths) + 1}"
     )
