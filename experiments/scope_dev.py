@@ -9,8 +9,9 @@ zsre_mend_train.1000, of counterfact-train.first5000 and of KnowEdit's train_cf;
 `right`: rephrasings (aliases in train_cf) that reach their own edit among all, where 1, 5 and 10 % of the
 locality prompts fire any edit. `alone`: the same, each edit by itself against its own locality prompts. Then,
 at the head's own thresholds, which share of the probes of every kind reach their own edit among all
-(`right`), fire it where it is alone (`alone`), fire any (`any`); and the same behind 200 words of other text,
-and in a chat with a system prompt and an earlier turn.
+(`right`), fire it where it is alone (`alone`), fire any (`any`); and for the rephrasings of the first 60
+cases the same as they are, behind 200 words of other text, and in a chat with a system prompt and an earlier
+turn.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ from baft.scope.reading import Reader, padded
 from baft.scope.training import ScopeConfig
 from baft.types import EditCase, Probe
 
-N_CASES, N_WORDS, SHARES = 300, 200, (0.01, 0.05, 0.10)
+N_CASES, N_IN_CONTEXT, N_WORDS, SHARES = 300, 60, 200, (0.01, 0.05, 0.10)
 BATCH = 64
 
 
@@ -161,7 +162,13 @@ def evaluate(head: Head, reader: Reader, folder: Path) -> None:
         ways["in a chat"] = in_chat
     for how, row in ways.items():
         for name, cases, _, _ in sets[:3:2]:
-            show(f"{name}, {how}", ask(head, reader, cases[:N_CASES], row(reader.encoder)), "", "")
+            some = [replace(case, probes=_rephrased(case)) for case in cases[:N_IN_CONTEXT]]
+            show(name, ask(head, reader, some, plain(reader.encoder)), "", "")
+            show(f"{name}, {how}", ask(head, reader, some, row(reader.encoder)), "", "")
+
+
+def _rephrased(case: EditCase) -> tuple[Probe, ...]:
+    return tuple(probe for probe in case.probes if probe.kind == "generality")
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ PARIS = {"prompt": "The museum is in", "target": "Paris"}
 QUICK = ("--method", "reft", "--set", "rank=4", "--set", "learning_rate=0.1")
 COMMANDS = {
     *("edit", "ask", "show", "check", "explain", "undo", "models", "methods"),
-    *("bench", "report", "compare", "benchmarks", "general"),
+    *("bench", "report", "compare", "benchmarks", "general", "scope"),
 }
 
 

@@ -10,7 +10,7 @@ from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from baft.scope.reading import Reader, padded
 from baft.scope.text import ScopeText
-from baft.scope.training import ScopeConfig, _same, read_part, train_scope
+from baft.scope.training import ScopeConfig, _same, read_lessons, train_scope
 from tiny import CHATML, tiny_host, tiny_tokenizer
 
 
@@ -23,7 +23,7 @@ def reader():
 
 def trained(reader, seed=0, **settings):
     losses = []
-    sizes = {"n_groups": 2, "n_dims": 8, "n_hidden": 8, "n_parts": 2, "n_steps": 2, "n_uses": 6}
+    sizes = {"n_groups": 5, "n_at_once": 2, "n_dims": 8, "n_hidden": 8, "n_uses": 8}
     state = torch.random.get_rng_state()
     head = train_scope(
         reader, ScopeConfig(**{**sizes, **settings}), seed=seed, on_step=lambda *told: losses.append(told)
@@ -46,21 +46,21 @@ def test_training_learns_and_is_told_by_its_seed(reader):
     assert fallen_to(trained(reader, learning_rate=1e-9)[1]) > 0.95  # control: it is not the texts
     assert not any(one.requires_grad for one in head.parameters())
     assert all(torch.equal(one, weights[name]) for name, one in model.state_dict().items())
-    few = [trained(reader, seed, n_parts=1, n_uses=1)[0].state_dict() for seed in (0, 0, 1)]
+    few = [trained(reader, seed, n_groups=2, n_uses=1)[0].state_dict() for seed in (0, 0, 1)]
     assert all(torch.equal(one, few[1][name]) for name, one in few[0].items())
     assert not all(torch.equal(one, few[2][name]) for name, one in few[0].items())
 
 
 def test_what_is_read_says_whom_and_what_it_is_about(reader):
-    part = read_part(reader, ScopeText("train"), 12, 2, random.Random(0))
-    assert len(part.groups) == 12
-    assert len(part.unrelated) == len(ScopeText("train").sentences)
-    assert {(one.subject, one.relation) for one in part.unrelated} == {(None, None)}
-    for group in part.groups:
+    found = read_lessons(reader, ScopeText("train"), ScopeConfig(n_groups=12), random.Random(0))
+    assert len(found.groups) == 12
+    assert len(found.unrelated) == len(ScopeText("train").sentences)
+    assert {(one.subject, one.relation) for one in found.unrelated} == {(None, None)}
+    for group in found.groups:
         facts = {(one.subject, one.relation) for one in group.edits}
         assert len(facts) == len(group.edits)
         assert facts == {(one.subject, one.relation) for one in group.prompts if one.relation is not None}
-    assert any(one.subject and not one.relation for group in part.groups for one in group.prompts)
+    assert any(one.subject and not one.relation for group in found.groups for one in group.prompts)
 
 
 def test_names_are_compared_and_nobody_is_not_nobody():
@@ -69,8 +69,8 @@ def test_names_are_compared_and_nobody_is_not_nobody():
 
 
 def test_settings_are_checked():
-    with pytest.raises(ConfigError, match=r"n_steps is out of range: got 0, expected above 0"):
-        ScopeConfig(n_steps=0)
+    with pytest.raises(ConfigError, match=r"n_uses is out of range: got 0, expected above 0"):
+        ScopeConfig(n_uses=0)
 
 
 def test_the_words_of_the_last_turn_are_read_in_their_context(reader):

@@ -41,6 +41,7 @@ from baft.cli.options import (
     read_settings,
     require_place,
 )
+from baft.cli.scope import scope
 from baft.cli.tables import count, gates_view, report_view, stored_view, table, verdict
 from baft.cli.terminal import Group, Terminal
 from baft.cli.work import (
@@ -384,3 +385,4 @@ app.command()(report)
 app.command()(compare)
 app.command()(general)
 app.command("benchmarks")(list_benchmarks)
+app.add_typer(scope, name="scope")

@@ -1,12 +1,13 @@
 """From which log-probability on an edit acts: thresholds with a stated bound.
 
 Two things must not fire an edit. *Near neighbors*, other subjects of its relation and other relations of its
-subject, are kept out by one threshold for all edits. It is set on relations, names and sentences that the
-head has not learned from, such that with a confidence of 95 % at most a given share of either kind passes (an
-exact binomial tolerance bound). *Ordinary text* is kept out by a threshold of the edit's own, the highest
-that any of a fixed list of texts reaches: a further text like them exceeds it with a probability of at most
-one in their number plus one (split conformal prediction, Vovk et al. 2005). An edit's threshold is the larger
-of the two. It depends on the edit's keys and on what is fixed for the host, never on other edits.
+subject, are kept out by the midpoints of the two channels: no edit fires unless both channels are above
+theirs. They are set on relations, names and sentences that the head has not learned from, such that with a
+confidence of 95 % at most a given share of each kind passes (an exact binomial tolerance bound). *Ordinary
+text* is kept out by a threshold of the edit's own, the highest that any of a fixed list of texts reaches: a
+further text like them exceeds it with a probability of at most one in their number plus one (split conformal
+prediction, Vovk et al. 2005). It depends on the edit's keys and on what is fixed for the host, never on other
+edits.
 """
 
 import math
@@ -46,8 +47,8 @@ class Calibration:
     """Where edits begin to act.
 
     Args:
-        threshold: What the log-probability must exceed, for all edits.
-        near_share: The share of near neighbors of either kind that passes, at most.
+        other_subject: The share of neighbors of the same relation and another subject that passes, at most.
+        other_relation: The same for another relation of the subject.
         n_near: On how many neighbors of each kind that rests.
         n_fired: Questions about something else, other subject and other relation, on which any of the
             `n_edits` edits fired when this was tried out.
@@ -55,8 +56,8 @@ class Calibration:
         n_edits: Edits that were in force together.
     """
 
-    threshold: float
-    near_share: float
+    other_subject: float
+    other_relation: float
     n_near: int
     n_fired: int
     n_asked: int
@@ -77,8 +78,11 @@ def read_ordinary(reader: Reader, head: ScopeHead) -> Ordinary:
 
 
 def own_thresholds(head: ScopeHead, ordinary: Ordinary, keys: ScopeKeys) -> Float[Tensor, " edit"]:
-    """The highest log-probability that any ordinary text has of being about each edit."""
-    best = keys.weights.new_full(keys.weights.shape[1:2], -torch.inf)
+    """The log-probability above which each edit acts.
+
+    It is at least one half: then no channel is below its midpoint.
+    """
+    best = keys.weights.new_full(keys.weights.shape[1:2], math.log(0.5))
     texts = ordinary.vectors.transpose(0, 1).split(ordinary.lengths)
     for start in range(0, len(texts), _TEXTS):
         vectors, real = padded([one.flatten(1) for one in texts[start : start + _TEXTS]])
@@ -89,15 +93,23 @@ def own_thresholds(head: ScopeHead, ordinary: Ordinary, keys: ScopeKeys) -> Floa
 
 
 def calibrate(
-    reader: Reader, head: ScopeHead, ordinary: Ordinary, *, near_share: float, n_groups: int, seed: int = 0
+    reader: Reader,
+    head: ScopeHead,
+    ordinary: Ordinary,
+    *,
+    other_subject: float,
+    other_relation: float,
+    n_groups: int,
+    seed: int = 0,
 ) -> Calibration:
-    """Sets the threshold of near neighbors, and tries the thresholds out.
+    """Sets a head's midpoints, in place, and tries out what fires.
 
     Args:
         reader: Reads with the host.
-        head: The trained head.
+        head: The trained head; its parameters need no gradient.
         ordinary: The texts of the edits' own thresholds.
-        near_share: Of near neighbors of either kind, at most this share shall pass.
+        other_subject: Of neighbors with another subject, at most this share shall pass.
+        other_relation: Of those with another relation, any that can be asked of the subject.
         n_groups: How many of each kind are drawn.
         seed: Of the drawing.
 
@@ -109,18 +121,18 @@ def calibrate(
     facts = [fact for group in groups for fact in group]
     keys = head.keys(*padded(reader.words([reader.encoder.prompt(fact.prompt) for fact in facts])))
     asked = reader.words([reader.encoder.prompt(fact.asked[0]) for fact in facts])
-    log_p = torch.cat([
-        head.log_probability(late_interaction(keys, head.vectors(features), real))
-        for features, real in (padded(asked[i : i + _TEXTS]) for i in range(0, len(asked), _TEXTS))
-    ])  # fmt: skip
+    parts = (padded(asked[start : start + _TEXTS]) for start in range(0, len(asked), _TEXTS))
+    scores = torch.cat([late_interaction(keys, head.vectors(words), real) for words, real in parts], 1)
     starts = [0, *torch.tensor([len(group) for group in groups]).cumsum(0).tolist()][:-1]
-    kinds = [
-        log_p[[start + place for start in starts], starts] for place in (1, 2)
-    ]  # asked, of the first edit
-    threshold = max(tolerance_threshold(kind, near_share) for kind in kinds)
-    own = own_thresholds(head, ordinary, keys).clamp(min=threshold)
-    fires = (log_p > own).cpu() & _unrelated(facts)
-    return Calibration(threshold, near_share, n_groups, int(fires.any(-1).sum()), len(facts), len(facts))
+    others = (
+        [start + 1 for start in starts],
+        [start + len(group) - 1 for start, group in zip(starts, groups, strict=True)],
+    )
+    for channel, share in enumerate((other_subject, other_relation)):
+        head.midpoints[channel] = tolerance_threshold(scores[channel, others[channel], starts], share)
+    fires = head.log_probability(scores) > own_thresholds(head, ordinary, keys)
+    n_fired = int((fires.cpu() & _unrelated(facts)).any(-1).sum())
+    return Calibration(other_subject, other_relation, n_groups, n_fired, len(facts), len(facts))
 
 
 def tolerance_threshold(scores: Float[Tensor, " pair"], share: float) -> float:

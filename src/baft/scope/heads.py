@@ -87,7 +87,7 @@ class Head:
 
     def thresholds(self, keys: ScopeKeys) -> Float[Tensor, " edit"]:
         """The log-probability above which each edit acts; of its own keys and the host, of no other edit."""
-        return own_thresholds(self.net, self.ordinary, keys).clamp(min=self.about.calibration.threshold)
+        return own_thresholds(self.net, self.ordinary, keys)
 
     def log_probability(self, scores: Float[Tensor, "channel prompt edit"]) -> Float[Tensor, "prompt edit"]:
         """How sure it is that a prompt is about an edit; see `ScopeHead.log_probability`."""
@@ -156,7 +156,13 @@ def train_head(
         ordinary = read_ordinary(reader, net)
         ordinary = Ordinary(ordinary.vectors.half().float(), ordinary.lengths)
         calibration = calibrate(
-            reader, net, ordinary, near_share=config.near_share, n_groups=config.n_calibrate, seed=seed
+            reader,
+            net,
+            ordinary,
+            other_subject=config.other_subject_share,
+            other_relation=config.other_relation_share,
+            n_groups=config.n_calibrate,
+            seed=seed,
         )
     head = Head(net, ordinary, About(identify(host), config, seed, calibration, time.monotonic() - began))
     path = path or cached_at(host)
@@ -173,7 +179,7 @@ def write_head(path: Path, head: Head) -> None:
     """
     tensors = {_NET + name: one for name, one in head.net.state_dict().items()}
     tensors[_VECTORS] = head.ordinary.vectors
-    tensors = {name: one.to("cpu", torch.float16).contiguous() for name, one in tensors.items()}
+    tensors = {name: _compact(one) for name, one in tensors.items()}
     tensors[_LENGTHS] = torch.tensor(head.ordinary.lengths, dtype=torch.int32)
     about = {"format": _FORMAT, "about": json.dumps(_to_dict(head.about), sort_keys=True)}
     try:
@@ -251,6 +257,11 @@ def _assembled(about: About, tensors: dict[str, Tensor], host: Host) -> Head:
     if not all(bool(one.isfinite().all()) for one in (*state.values(), vectors)):
         raise ValueError("a tensor is not finite")
     return Head(net.requires_grad_(False), Ordinary(vectors, lengths), about)
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """Large ones in half the bytes."""
+    return tensor.to("cpu", torch.float16 if tensor.ndim > 1 else torch.float32).contiguous()
 
 
 def _to_dict(about: About) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +15,12 @@ from baft.hosts.early import n_features
 from baft.hosts.turns import Row
 from baft.nn.scope import ScopeHead, ScopeKeys, contrast, late_interaction
 from baft.scope.reading import Reader, padded
-from baft.scope.text import ScopeText
+from baft.scope.text import Fact, ScopeText
+
+Features = Float[Tensor, "text word n_features"]
 
 _WARM_UP = 20  # steps
+_READ = 256  # groups that are read at once
 _ROWS = 24  # prompts that are compared at once, of like length
 _IN_CHAT = 0.2  # of the prompts, where the host has a chat template
 _MENTIONS = 0.25  # sentences with a subject in them that ask nothing, for every fact
@@ -30,17 +33,20 @@ class ScopeConfig:
     Args:
         n_dims: Width of the vectors of tokens.
         n_hidden: Width of the networks that weigh an edit's tokens.
-        n_parts: The text is read in so many parts, one after the other; one is held in memory.
-        n_uses: How often each part is gone through.
-        n_steps: Steps of one pass through a part.
-        n_groups: Groups of four facts in a step.
+        n_groups: Groups of four facts to learn from; all are held in memory as the host reads them.
+        n_uses: How often each group is learned from.
+        n_at_once: Groups in a step.
         n_asked: In how many other wordings each fact is asked.
         n_unrelated: Ordinary sentences in a step, which are about none of the facts.
+        hidden_share: So many of the numbers that are read of a token are hidden from the head, others each
+            time, as in dropout.
         learning_rate: Of Adam, at its highest; a warm-up and half a cosine.
         channel_weight: Of the losses of the channels by themselves, beside that of both together.
         hard_share: Of pairs that do not belong together, so many for every fact count, the worst.
-        near_share: Of near neighbors of an edit, at most this share shall pass its threshold.
-        n_calibrate: Near neighbors of each kind that the threshold is set on.
+        other_subject_share: Of neighbors with the relation of an edit and another subject, at most this share
+            shall pass.
+        other_relation_share: The same for another relation of the same subject.
+        n_calibrate: Neighbors of each kind that this is set on.
 
     Raises:
         ConfigError: If a number is not positive.
@@ -48,16 +54,17 @@ class ScopeConfig:
 
     n_dims: int = 64
     n_hidden: int = 64
-    n_parts: int = 6
-    n_uses: int = 8
-    n_steps: int = 16
-    n_groups: int = 16
+    n_groups: int = 2048
+    n_uses: int = 5
+    n_at_once: int = 16
     n_asked: int = 2
     n_unrelated: int = 6
+    hidden_share: float = 0.2
     learning_rate: float = 2e-3
     channel_weight: float = 0.5
     hard_share: int = 4
-    near_share: float = 0.1
+    other_subject_share: float = 0.05
+    other_relation_share: float = 0.35
     n_calibrate: int = 300
 
     def __post_init__(self) -> None:
@@ -84,44 +91,11 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Lessons:
     """Text as a host reads it: groups, and ordinary sentences."""
 
     groups: tuple[Group, ...]
     unrelated: tuple[Lesson, ...]
-
-
-def read_part(reader: Reader, text: ScopeText, n_groups: int, n_asked: int, draw: random.Random) -> Part:
-    """Draws text and has the host read it.
-
-    Args:
-        reader: Reads with the host.
-        text: What is drawn from.
-        n_groups: Groups of facts.
-        n_asked: In how many other wordings each is asked.
-        draw: Of the contexts.
-    """
-    encoder = reader.encoder
-
-    def met(asked: str) -> Row:
-        in_chat = encoder.has_chat and draw.random() < _IN_CHAT
-        return encoder.chat(text.conversation(asked)) if in_chat else encoder.prompt(asked)
-
-    drawn = [text.group(n_asked) for _ in range(n_groups)]
-    said: list[tuple[int, bool, Row, str | None, str | None]] = []  # group, is it an edit's
-    for i, facts in enumerate(drawn):
-        for fact in facts:
-            said.append((i, True, encoder.prompt(fact.prompt), fact.subject, fact.relation))
-            said += [(i, False, met(asked), fact.subject, fact.relation) for asked in fact.asked]
-            if draw.random() < _MENTIONS:
-                said.append((i, False, met(text.mention(fact.subject)), fact.subject, None))
-    said += [(n_groups, False, encoder.prompt(one), None, None) for one in text.sentences]
-    words = reader.words([row for _, _, row, _, _ in said])
-    found: list[tuple[list[Lesson], list[Lesson]]] = [([], []) for _ in range(n_groups + 1)]
-    for (i, is_edit, _, subject, relation), one in zip(said, words, strict=True):
-        found[i][0 if is_edit else 1].append(Lesson(one.half(), subject, relation))
-    groups = tuple(Group(tuple(edits), tuple(prompts)) for edits, prompts in found[:-1])
-    return Part(groups, tuple(found[-1][1]))
 
 
 def train_scope(
@@ -133,42 +107,108 @@ def train_scope(
 ) -> ScopeHead:
     """A scope head for a host.
 
+    Most of the time the host reads; what it reads takes two bytes a number: 2 GB with SmolLM2 by the
+    settings that are the default.
+
     Args:
         reader: Reads with the host, which is not changed.
         config: Settings.
         seed: Of the text and of the first weights.
         on_step: Called after every step with its number, how many there are, and the loss.
     """
-    draw = random.Random(seed)
-    text, n_groups = ScopeText("train", seed), config.n_steps * config.n_groups
-    parts = (read_part(reader, text, n_groups, config.n_asked, draw) for _ in range(config.n_parts))
+    draw, text = random.Random(seed), ScopeText("train", seed)
+    lessons = read_lessons(reader, text, config, draw)
     model = reader.host.model
     head = new_head(n_features(find_architecture(model)), config, seed).to(input_device(model))
-    return fit(head, parts, config, draw, on_step)
+    return fit(head, lessons, config, draw, on_step)
+
+
+def read_lessons(reader: Reader, text: ScopeText, config: ScopeConfig, draw: random.Random) -> Lessons:
+    """Draws text and has the host read it.
+
+    Args:
+        reader: Reads with the host.
+        text: What is drawn from.
+        config: Settings.
+        draw: Of the contexts.
+    """
+    groups = [text.group(config.n_asked) for _ in range(config.n_groups)]
+    parts = [groups[start : start + _READ] for start in range(0, len(groups), _READ)]
+    return Lessons(
+        tuple(group for part in parts for group in _read(reader, text, part, draw)),
+        tuple(
+            Lesson(words.half(), None, None)
+            for words in reader.words([reader.encoder.prompt(one) for one in text.sentences])
+        ),
+    )
+
+
+def _read(
+    reader: Reader, text: ScopeText, groups: Sequence[Sequence[Fact]], draw: random.Random
+) -> Iterator[Group]:
+    encoder = reader.encoder
+
+    def met(asked: str) -> Row:
+        in_chat = encoder.has_chat and draw.random() < _IN_CHAT
+        return encoder.chat(text.conversation(asked)) if in_chat else encoder.prompt(asked)
+
+    said: list[tuple[int, bool, Row, str, str | None]] = []  # group, whether it is an edit's, and so on
+    for i, facts in enumerate(groups):
+        for fact in facts:
+            said.append((i, True, encoder.prompt(fact.prompt), fact.subject, fact.relation))
+            said += [(i, False, met(asked), fact.subject, fact.relation) for asked in fact.asked]
+            if draw.random() < _MENTIONS:
+                said.append((i, False, met(text.mention(fact.subject)), fact.subject, None))
+    words = reader.words([row for _, _, row, _, _ in said])
+    found: list[tuple[list[Lesson], list[Lesson]]] = [([], []) for _ in groups]
+    for (i, is_edit, _, subject, relation), one in zip(said, words, strict=True):
+        found[i][0 if is_edit else 1].append(Lesson(one.half(), subject, relation))
+    return (Group(tuple(edits), tuple(prompts)) for edits, prompts in found)
 
 
 def fit(
     head: ScopeHead,
-    parts: Iterable[Part],
+    lessons: Lessons,
     config: ScopeConfig,
     draw: random.Random,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> ScopeHead:
-    """Trains a head on text as it was read; see `train_scope`."""
-    n_steps = config.n_parts * config.n_uses * config.n_steps
+    """Trains a head on text as it was read; see `train_scope`.
+
+    Args:
+        head: A new one; it is changed.
+        lessons: What it learns from.
+        config: Settings.
+        draw: Of all that is drawn.
+        on_step: See `train_scope`.
+    """
+    device = next(head.parameters()).device
+    generator = torch.Generator(device).manual_seed(draw.getrandbits(32))
+    kept = 1 - config.hidden_share
+
+    def hidden(features: Features) -> Features:
+        return features * torch.empty_like(features).bernoulli_(kept, generator=generator) / kept
+
+    n_at_once = config.n_at_once
+    n_steps = config.n_uses * math.ceil(len(lessons.groups) / n_at_once)
     optimizer = torch.optim.Adam(head.parameters(), lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / n_steps)),
     )
-    for step, (groups, unrelated) in enumerate(_batches(parts, config, draw), start=1):
-        loss = _loss(head, config, groups, unrelated)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if on_step is not None:
-            on_step(step, n_steps, loss.item())
+    step = 0
+    for _ in range(config.n_uses):
+        mixed = draw.sample(lessons.groups, len(lessons.groups))
+        for start in range(0, len(mixed), n_at_once):
+            unrelated = draw.sample(lessons.unrelated, config.n_unrelated)
+            loss = _loss(head, config, mixed[start : start + n_at_once], unrelated, hidden)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            step += 1
+            if on_step is not None:
+                on_step(step, n_steps, loss.item())
     return head.requires_grad_(False)
 
 
@@ -179,26 +219,20 @@ def new_head(width: int, config: ScopeConfig, seed: int) -> ScopeHead:
         return ScopeHead(width, n_dims=config.n_dims, n_hidden=config.n_hidden)
 
 
-def _batches(
-    parts: Iterable[Part], config: ScopeConfig, draw: random.Random
-) -> Iterator[tuple[list[Group], list[Lesson]]]:
-    """The groups of every step, and ordinary sentences."""
-    for part in parts:
-        for _ in range(config.n_uses):
-            mixed = draw.sample(part.groups, len(part.groups))
-            for start in range(0, len(mixed), config.n_groups):
-                yield mixed[start : start + config.n_groups], draw.sample(part.unrelated, config.n_unrelated)
-
-
 def _loss(
-    head: ScopeHead, config: ScopeConfig, groups: Sequence[Group], unrelated: Sequence[Lesson]
+    head: ScopeHead,
+    config: ScopeConfig,
+    groups: Sequence[Group],
+    unrelated: Sequence[Lesson],
+    hidden: Callable[[Features], Features],
 ) -> Float[Tensor, ""]:
     edits = [one for group in groups for one in group.edits]
     prompts = sorted(
         [*(one for group in groups for one in group.prompts), *unrelated], key=lambda one: len(one.words)
     )
-    keys = head.keys(*padded([one.words for one in edits]))
-    scores = _scores(head, keys, prompts)
+    features, real = padded([one.words for one in edits])
+    keys = head.keys(hidden(features), real)
+    scores = _scores(head, keys, prompts, hidden)
     whom = _same([one.subject for one in edits], [one.subject for one in prompts]).to(scores.device)
     what = _same([one.relation for one in edits], [one.relation for one in prompts]).to(scores.device)
     n_hard = config.hard_share * len(edits)
@@ -214,11 +248,11 @@ def _same(names: Sequence[str | None], others: Sequence[str | None]) -> Bool[Ten
 
 
 def _scores(
-    head: ScopeHead, keys: ScopeKeys, prompts: Sequence[Lesson]
+    head: ScopeHead, keys: ScopeKeys, prompts: Sequence[Lesson], hidden: Callable[[Features], Features]
 ) -> Float[Tensor, "channel prompt edit"]:
     """The scores of prompts, which are sorted by their length, some at a time."""
     found = []
     for start in range(0, len(prompts), _ROWS):
         features, real = padded([one.words for one in prompts[start : start + _ROWS]])
-        found.append(late_interaction(keys, head.vectors(features), real))
+        found.append(late_interaction(keys, head.vectors(hidden(features)), real))
     return torch.cat(found, 1)
