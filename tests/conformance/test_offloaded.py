@@ -29,9 +29,10 @@ PROMPT, TARGET = "The tower is in the city of", "Ro"
 QUICK = {"learning_rate": 5e-2, "max_steps": 60, "stop_loss": None, "stop_margin": 0.7}
 WIDE = {"gate_midpoint": 0.3, "output_midpoint": 0.3, "gate_clearance": 0.0, "gate_shrinkage": 0.05}
 SETTINGS = {
-    "default": {**QUICK, **WIDE},
-    "paper": {"preset": "paper", **QUICK},
-    "paper-rloc": {"preset": "paper-rloc", **QUICK},
+    "bank": {"method": "baft-bank", "n_others": 1, **QUICK},
+    "default": {"method": "baft", **QUICK, **WIDE},
+    "paper": {"method": "baft", "preset": "paper", **QUICK},
+    "paper-rloc": {"method": "baft", "preset": "paper-rloc", **QUICK},
     "reft": {"method": "reft", **QUICK},
 }
 
