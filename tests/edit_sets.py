@@ -44,6 +44,18 @@ def small(seed=7, **changes):
     return EditSet(**fields | changes)
 
 
+def independent(*texts, **changes):
+    """A set of edits that do not know each other: each has the same tensors, whichever others there are."""
+    edits = [Edit(*one) for one in texts]
+    state = {}
+    for edit in edits:
+        draws = torch.Generator().manual_seed(int(edit.id[:8], 16))
+        state |= {f"{edit.id}.layer3.{name}": torch.randn(2, 3, generator=draws) for name in "AR"}
+    stored = tuple(StoredEdit(edit, i, True) for i, edit in enumerate(edits))
+    memory = {"unrelated": [[f"near {edit.target}"] for edit in edits], "replaces": [[] for _ in edits]}
+    return small(**{"method": "baft-bank", "edits": stored, "memory": memory, "state": state, **changes})
+
+
 def same(one, other):
     plain = all(
         getattr(one, name) == getattr(other, name)

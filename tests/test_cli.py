@@ -35,7 +35,7 @@ OSLO = {"prompt": "The bridge is in", "target": "Oslo"}
 PARIS = {"prompt": "The museum is in", "target": "Paris"}
 QUICK = ("--method", "reft", "--set", "rank=4", "--set", "learning_rate=0.1")
 COMMANDS = {
-    *("edit", "ask", "show", "check", "explain", "undo", "models", "methods"),
+    *("edit", "ask", "show", "check", "explain", "undo", "remove", "merge", "models", "methods"),
     *("bench", "report", "compare", "benchmarks", "general", "scope"),
 }
 

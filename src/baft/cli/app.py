@@ -42,6 +42,7 @@ from baft.cli.options import (
     require_place,
 )
 from baft.cli.scope import scope
+from baft.cli.sets import merge, remove
 from baft.cli.tables import count, gates_view, report_view, stored_view, table, verdict
 from baft.cli.terminal import Group, Terminal
 from baft.cli.work import (
@@ -380,6 +381,8 @@ def list_methods(as_json: Json = False) -> None:
     Terminal(as_json=as_json).result(data, table(("name", "summary", "presets", "can"), rows))
 
 
+app.command()(remove)
+app.command()(merge)
 app.command()(bench)
 app.command()(report)
 app.command()(compare)

@@ -1,0 +1,89 @@
+"""The commands that put saved edits together and take them apart, without their host."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from baft.cli.options import Artifact, Json, require_place
+from baft.cli.tables import count, table
+from baft.cli.terminal import Terminal
+from baft.errors import ArtifactError, UnknownNameError
+
+if TYPE_CHECKING:
+    from baft.artifact import EditSet
+
+Out = Annotated[
+    Path | None,
+    typer.Option("--save", "-o", metavar="OTHER", help="Write to NAME.baft and leave ARTIFACT."),
+]
+
+
+def remove(
+    artifact: Artifact,
+    edits: Annotated[
+        list[str], typer.Argument(metavar="EDIT...", help="Numbers as `baft show` has them, or ids.")
+    ],
+    save: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Take single edits out of saved ones, whenever they were made.
+
+    All others are as if these had never been. Works where edits do not know each other, as with the default
+    method; `baft undo` takes back the last ones, whatever the method.
+    """
+    from baft.artifact import read, subset, write
+
+    saved = read(artifact)
+    wanted = [_id_of(one, saved) for one in edits]
+    kept = [one.edit.id for one in saved.edits if one.edit.id not in wanted]
+    if not kept:
+        raise ArtifactError(f"no edit would be left in {artifact}: `baft undo --delete` deletes it")
+    place = save or artifact
+    require_place(place)
+    write(place, subset(saved, kept))
+    gone = [one.edit for one in saved.edits if one.edit.id in wanted]
+    data = {"saved": str(place), "removed": [one.to_dict() for one in gone], "n_left": len(kept)}
+    rows = [(one.prompt, one.target) for one in gone]
+    end = f"{count(len(kept), 'edit')} left in {place}"
+    Terminal(as_json=as_json).result(data, table(("removed", "target"), rows), "", end)
+
+
+def merge(
+    artifact: Artifact,
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="Whose edits are added: NAME.baft.")],
+    save: Annotated[
+        Path | None,
+        typer.Option("--save", "-o", metavar="THIRD", help="Write to NAME.baft and leave ARTIFACT."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Put the edits of two saved sets into one.
+
+    Nothing is trained. Both must be of one host and made alike; edits that both hold are taken once.
+    """
+    from baft.artifact import merge as merged
+    from baft.artifact import read, write
+
+    first = read(artifact)
+    both = merged(first, read(other))
+    place = save or artifact
+    require_place(place)
+    write(place, both)
+    added = [one.edit for one in both.edits[len(first.edits) :]]
+    data = {"saved": str(place), "added": [one.to_dict() for one in added], "n_edits": len(both.edits)}
+    rows = [(one.prompt, one.target) for one in added]
+    end = f"{count(len(both.edits), 'edit')} in {place}"
+    Terminal(as_json=as_json).result(data, table(("added", "target"), rows), "", end)
+
+
+def _id_of(given: str, saved: "EditSet") -> str:
+    """The id of an edit that is named by its number or its id."""
+    ids = [one.edit.id for one in saved.edits]
+    if given in ids:
+        return given
+    if given.isdecimal() and 1 <= int(given) <= len(ids):
+        return ids[int(given) - 1]
+    raise UnknownNameError(
+        f"no edit {given!r}: give a number from 1 to {len(ids)}, or an id ({', '.join(ids[:3])}, ...)"
+    )

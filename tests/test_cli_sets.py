@@ -1,0 +1,88 @@
+"""`baft remove` and `baft merge`: saved edits taken apart and put together, without their host."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from baft import artifact
+from baft.cli.app import app
+from baft.errors import ArtifactError
+from edit_sets import independent
+
+TEXTS = [("The tower is in", "Rome"), ("The bridge is in", "Oslo"), ("The museum is in", "Paris")]
+
+
+def save(path: Path, *numbers: int) -> Path:
+    return artifact.write(path, independent(*(TEXTS[i] for i in numbers)))
+
+
+def stored(path: Path) -> list[str]:
+    return [one.edit.target for one in artifact.read(path).edits]
+
+
+def run(*arguments: object, code: int = 0) -> Any:
+    done = CliRunner().invoke(app, [*map(str, arguments)])
+    assert done.exit_code == code, done.output
+    return done
+
+
+@pytest.mark.parametrize("named_by", ["number", "id"])
+def test_an_edit_is_taken_out(tmp_path: Path, named_by: str) -> None:
+    path = save(tmp_path / "all.baft", 0, 1, 2)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    name = "2" if named_by == "number" else artifact.read(path).edits[1].edit.id
+    data = json.loads(run("remove", path, name, "-o", tmp_path / "less.baft", "--json").stdout)
+    assert data == {
+        "saved": str(tmp_path / "less.baft"),
+        "removed": [{"prompt": "The bridge is in", "target": "Oslo"}],
+        "n_left": 2,
+    }
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    left = artifact.read(tmp_path / "less.baft")
+    want = artifact.read(save(tmp_path / "want.baft", 0, 2))
+    assert [one.request for one in left.edits] == [0, 1]
+    assert left.edits == want.edits
+    assert left.memory == want.memory
+    assert left.state.keys() == want.state.keys()
+    assert all((left.state[name] == tensor).all() for name, tensor in want.state.items())
+    shown = run("remove", path, "1", "3").stdout
+    assert "1 edit left" in shown
+    assert stored(path) == ["Oslo"]
+
+
+def test_what_cannot_be_taken_out(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.baft", 0, 1)
+    for wrong in ("0", "3", "x"):
+        said = run("remove", path, wrong, code=1).stderr
+        assert f"no edit '{wrong}': give a number from 1 to 2, or an id" in said.replace("\n", " ")
+    assert "no edit would be left" in run("remove", path, "1", "2", code=1).stderr.replace("\n", " ")
+    assert stored(path) == ["Rome", "Oslo"]
+
+
+def test_sets_are_put_together(tmp_path: Path) -> None:
+    first, second = save(tmp_path / "a.baft", 0, 1), save(tmp_path / "b.baft", 1, 2)
+    data = json.loads(run("merge", first, second, "-o", tmp_path / "both.baft", "--json").stdout)
+    assert data["added"] == [{"prompt": "The museum is in", "target": "Paris"}]
+    assert data["n_edits"] == 3
+    assert stored(first) == ["Rome", "Oslo"]
+    both, want = (
+        artifact.read(path) for path in (tmp_path / "both.baft", save(tmp_path / "c.baft", 0, 1, 2))
+    )
+    assert both.edits == want.edits
+    assert both.memory == want.memory
+    assert all((both.state[name] == tensor).all() for name, tensor in want.state.items())
+    assert "3 edits in" in run("merge", first, second).stdout
+    assert stored(first) == ["Rome", "Oslo", "Paris"]
+    with pytest.raises(ArtifactError, match="differ in settings"):
+        artifact.merge(want, independent(TEXTS[0], settings={"rank": 3}))
+
+
+def test_edits_that_know_each_other_stay_together(tmp_path: Path) -> None:
+    shared = independent(*TEXTS[:2])
+    shared.state["shared.layer1.R"] = next(iter(shared.state.values()))
+    path = artifact.write(tmp_path / "shared.baft", shared)
+    for arguments in (("remove", path, "1"), ("merge", path, save(tmp_path / "a.baft", 2))):
+        assert "share what they learned" in run(*arguments, code=1).stderr.replace("\n", " ")
