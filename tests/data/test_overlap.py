@@ -1,7 +1,7 @@
 """Shared edits, counted."""
 
-from baft.data.overlap import Overlap, overlap
-from baft.types import Edit, EditCase
+from baft.data.overlap import Overlap, apart, overlap
+from baft.types import Edit, EditCase, Probe
 
 
 def cases(*pairs: tuple[str, str]) -> list[EditCase]:
@@ -32,3 +32,39 @@ def test_what_is_trained_on_is_not_scored(real) -> None:
     train = real("zsre").cases("train")
     for name in ("zsre", "knowedit-zsre"):
         assert overlap(train, real(name).cases()).same_prompt == 0
+
+
+def case_of(number, prompt, target="x", subject=None, locality=(), generality=()):
+    edit = Edit(prompt, target, subject=subject)
+    probes = [Probe(edit.id, "locality", text, "y", "near") for text in locality]
+    probes += [Probe(edit.id, "generality", text, target, "rephrase") for text in generality]
+    return EditCase(str(number), edit, tuple(probes))
+
+
+def test_cases_that_bear_on_each_other_are_left_out_and_counted():
+    cases = [
+        case_of(
+            0, "Paris is in", subject="Paris", locality=["Rome is in", "Oslo is in"], generality=["Where?"]
+        ),
+        case_of(1, "paris  is in", subject="Paris"),
+        case_of(2, "Paris is in", "other", subject="Paris"),
+        case_of(3, "Paris has", subject="paris"),
+        case_of(4, "Rome is in", subject="Rome", locality=["where?", "Rome is in"]),
+        case_of(5, "No subject", locality=["Paris is in", "free"]),
+        case_of(6, "Another"),
+    ]
+    found, left_out = apart(cases, limit=3)
+    assert [case.id for case in found] == ["0", "4", "5"]
+    assert [[probe.prompt for probe in case.probes] for case in found] == [
+        ["Oslo is in", "Where?"],
+        ["Rome is in"],
+        ["free"],
+    ]
+    assert left_out == {
+        "conflicting_prompt": 1,
+        "locality_of_another_edit": 3,
+        "repeated_prompt": 1,
+        "shared_subject": 1,
+    }
+    assert apart(cases[5:]) == ((cases[5], cases[6]), {})
+    assert len(apart(cases)[0]) == 4

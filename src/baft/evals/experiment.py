@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from baft.config import from_dict, read_toml
 from baft.data.base import Benchmark, benchmarks
+from baft.data.overlap import apart
 from baft.errors import ConfigError
 from baft.types import EditCase, Probe
 
@@ -36,6 +37,8 @@ class BenchmarkSpec:
         seed: Draws the cases from the split; None takes them in the order of the file.
         file: For `jsonl`: the file.
         probes_per_tag: Of each case no more probes of one kind and tag than this; None asks all.
+        apart: Leave out cases that bear on earlier ones, for edits that are in force together; the limit
+            counts those that are left.
 
     Raises:
         ConfigError: If a number is not positive.
@@ -47,6 +50,7 @@ class BenchmarkSpec:
     seed: int | None = None
     file: str | None = None
     probes_per_tag: int | None = None
+    apart: bool = False
 
     def __post_init__(self) -> None:
         for name in ("limit", "probes_per_tag"):
@@ -54,12 +58,17 @@ class BenchmarkSpec:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} of benchmark {self.name!r} must be at least 1, got {value}")
 
-    def cases(self, benchmark: Benchmark, split: str) -> tuple[EditCase, ...]:
-        """The cases with the probes that are asked."""
-        found = benchmark.cases(split, limit=self.limit, seed=self.seed)
-        if self.probes_per_tag is None:
-            return found
-        return tuple(replace(case, probes=_first_of_each(case.probes, self.probes_per_tag)) for case in found)
+    def cases(self, benchmark: Benchmark, split: str) -> tuple[tuple[EditCase, ...], dict[str, int]]:
+        """The cases with the probes that are asked, and what was left out as bearing on others."""
+        left_out: dict[str, int] = {}
+        if self.apart:
+            found, left_out = apart(benchmark.cases(split, seed=self.seed), self.limit)
+        else:
+            found = benchmark.cases(split, limit=self.limit, seed=self.seed)
+        if self.probes_per_tag is not None:
+            n = self.probes_per_tag
+            found = tuple(replace(case, probes=_first_of_each(case.probes, n)) for case in found)
+        return found, left_out
 
     def load(self, data: Path | None) -> Benchmark:
         """The benchmark, whose files are looked for in `data`."""

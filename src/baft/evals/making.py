@@ -104,8 +104,7 @@ def make_apart(
             raise outcome
         cost = None
         if with_cost:
-            parts = [part for there in apart.alone(i).interventions.values() for part in there]
-            cost = Cost(peak, float(sum(p.nbytes for part in parts for p in part.state_dict().values())))
+            cost = Cost(peak, float(apart.n_bytes(i)))
         made.append(Made((case.edit.id,), outcome, None, outcome.seconds_s, cost))
     return apart, made
 

@@ -53,6 +53,7 @@ class Bench:
         }
         self.benchmarks: dict[str, Benchmark] = {}
         self.cases: dict[str, tuple[EditCase, ...]] = {}
+        self.left_out: dict[str, dict[str, int]] = {}
         for spec in experiment.benchmarks:
             benchmark = spec.load(data)
             split = benchmark.splits[0] if spec.split is None else spec.split
@@ -60,7 +61,7 @@ class Bench:
             if name in self.benchmarks:
                 raise ConfigError(f"{name} stands twice among the benchmarks, once by default: name it once")
             self.benchmarks[name] = benchmark
-            self.cases[name] = spec.cases(benchmark, split)
+            self.cases[name], self.left_out[name] = spec.cases(benchmark, split)
         texts = held_out_texts(data, experiment.texts)
         self.host = load_host(experiment.model, dtype=experiment.dtype) if host is None else host
         self._asker = Asker(
@@ -102,6 +103,7 @@ class Bench:
                     "fingerprint": benchmark.fingerprint(name.partition("/")[2]),
                     "anomalies": dict(benchmark.anomalies(name.partition("/")[2])),
                     "n_cases": len(self.cases[name]),
+                    "left_out": self.left_out[name],
                 }
                 for name, benchmark in self.benchmarks.items()
             },

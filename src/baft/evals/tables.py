@@ -42,6 +42,7 @@ def about(results: Results) -> Table:
         "precision": lambda one: str(one["host"].get("dtype")),
         "benchmarks": lambda one: _joined(
             f"{name}: {found['n_cases']} cases, fingerprint {found['fingerprint']}"
+            + "".join(f", {what} left out {n}" for what, n in found.get("left_out", {}).items())
             for name, found in one["benchmarks"].items()
         ),
         "protocols": lambda one: _joined(

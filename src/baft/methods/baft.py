@@ -127,7 +127,11 @@ class BaftEditor(StackedEditor):
             owners = [*earlier, *self._bases.owners([requests[number]])]
             return self._readings(alone(number), owners, ids, n_prompt_tokens)
 
-        return Apart(outcomes, alone, by_row, explain)
+        def n_bytes(number: int) -> int:
+            parts = [part for there in alone(number).interventions.values() for part in there]
+            return sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
+
+        return Apart(outcomes, alone, by_row, explain, n_bytes)
 
     def apply_apart(
         self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None

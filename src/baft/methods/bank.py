@@ -195,7 +195,11 @@ class BankEditor(StatefulEditor, StackedEditor):
         def explain(number: int, ids: Sequence[int], n_prompt_tokens: int) -> tuple[GateReading, ...]:
             return self._readings(bank, ids, n_prompt_tokens, number)
 
-        return Apart(outcomes, lambda number: under([number]), under, explain)
+        def n_bytes(number: int) -> int:
+            own = edits[number].id
+            return sum(tensor.nbytes for name, tensor in made.items() if name.partition(".")[0] == own)
+
+        return Apart(outcomes, lambda number: under([number]), under, explain, n_bytes)
 
     def apply_apart(
         self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None

@@ -123,12 +123,14 @@ class Apart:
         alone: The model under one of them, by its number.
         by_row: The model that edits every row of a batch by the edit of that row's number.
         explain: As `Editor.explain`, under one of them.
+        n_bytes: What an artifact keeps of one of them.
     """
 
     outcomes: tuple[EditOutcome | EditError, ...]
     alone: Callable[[int], EditedModel]
     by_row: Callable[[Sequence[int]], EditedModel]
     explain: Callable[[int, Sequence[int], int], tuple[GateReading, ...]]
+    n_bytes: Callable[[int], int]
 
 
 class Editor(ABC):
