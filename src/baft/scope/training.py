@@ -63,7 +63,7 @@ class ScopeConfig:
     learning_rate: float = 2e-3
     channel_weight: float = 0.5
     hard_share: int = 4
-    other_subject_share: float = 0.05
+    other_subject_share: float = 0.1
     other_relation_share: float = 0.35
     n_calibrate: int = 300
 
