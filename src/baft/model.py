@@ -259,6 +259,11 @@ class Model:
                 outcomes = make(requests)
             self._put_in_force(editor, preset, (*old[2], *(outcome.decoded for outcome in outcomes)))
             older = [one.edit for one in self.edits[: -len(edits)] if one.decoded and not one.replaced]
+            if (
+                Capability.INDEPENDENT in editor.capabilities
+            ):  # what has no part in a conflict cannot have moved
+                met = {one.old.id for one in conflicts}
+                older = [edit for edit in older if edit.id in met]
             report = self._witness.report(
                 editor, preset, edits, outcomes, before=before, older=older, began=began
             )
