@@ -188,6 +188,14 @@ def test_generate_speed(host_folder, data, tmp_path):
 
 
 @pytest.mark.slow
+def test_bank_scale(host_folder, tmp_path):
+    results = quick("bank_scale", tmp_path, "--model", host_folder)
+    assert results["n_edits"] == results["n_distinct_prompts"] - 1 == 20
+    assert set(results["tokens per s, with all / with none"]) == {"none acts", "one acts"}
+    assert set(results["seconds to"]) == {"save", "load", "remove one"}
+
+
+@pytest.mark.slow
 def test_memory(host_folder, data, tmp_path):
     results = quick("memory", tmp_path, "--model", host_folder, "--data", data)
     names = ["first edit ever, empty cache", "first edit", "second edit"]

@@ -339,9 +339,14 @@ class BankEditor(StatefulEditor, StackedEditor):
             rank *= 2
             most_rank = min(self.config.most_rank, self._d_model)
             left = [i for i in left if _falls_short(results[i])] if rank <= most_rank else []
-        for edit, keys in zip(edits, self._scope.keys(edits, unrelated), strict=True):
-            made |= {f"{edit.id}.{name}": getattr(keys, name) for name in _KEYS}
+        for edit, keys in zip(edits, self.keys(edits, unrelated), strict=True):
+            made |= {f"{edit.id}.{name}": tensor for name, tensor in keys.items()}
         return results, made, why
+
+    def keys(self, edits: Sequence[Edit], unrelated: Sequence[str] = ()) -> list[dict[str, Tensor]]:
+        """What each of some edits is found by, by name (`EditKeys`)."""
+        found = self._scope.keys(edits, unrelated)
+        return [{name: getattr(one, name) for name in _KEYS} for one in found]
 
     def _start(self, edits: Sequence[Edit], rank: int) -> Layers:
         """Random bases that change nothing yet, drawn for each edit whatever else is edited."""
