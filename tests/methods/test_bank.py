@@ -10,6 +10,8 @@ from baft.errors import ArtifactError, ConfigError, ConflictError, UnknownNameEr
 from baft.hosts.encoding import Encoder
 from baft.methods.bank import BankEditor
 from baft.methods.bank_config import BankConfig
+from baft.scope import scope
+from baft.scope.untrained import UntrainedHead
 from baft.settling import settled
 from baft.types import Edit, EditRequest
 
@@ -205,6 +207,23 @@ def test_what_was_replaced_comes_back_with_a_saved_set_too(host, alone, tmp_path
     assert [one.replaced for one in again.edits] == [True, False]
     again.remove(other.id)
     assert torch.equal(logits(again), alone[0][0])
+
+
+def test_scopes_that_another_head_read_are_read_anew(host, alone, tmp_path, monkeypatch):
+    kept = dataclasses.replace(TOWER, rephrasings=("zqx",), neighbors=("The tower",))
+    model = in_force(host, kept, KING)
+    path, want, zqx = model.save(tmp_path / "a.baft"), logits(model), model.logits("zqx")
+    head = model._editor._scope.head
+    other = UntrainedHead(head.mean + 0.01, head.whitening)
+    assert other.fingerprint != head.fingerprint == UntrainedHead(head.mean, head.whitening).fingerprint
+    monkeypatch.setitem(scope._untrained, host.model, other)
+    again = baft.load(path, host=(host.model, host.tokenizer))
+    assert torch.equal(logits(again), want)
+    assert torch.equal(again.logits("zqx"), zqx)
+    state, old = again._editor.state_dict(), model._editor.state_dict()
+    changed = {name.partition(".")[2] for name in state if not torch.equal(state[name], old[name])}
+    assert changed == {"vectors", "weights", "head"}
+    assert again.save(tmp_path / "b.baft").is_dir()
 
 
 def test_without_a_head_the_report_says_so(model):

@@ -16,6 +16,7 @@ class Head:
 
     def __init__(self):
         self.net = ScopeHead(7, n_dims=DIM).double().requires_grad_(False)
+        self.fingerprint = 0
         self.vectors = self.keys = self.thresholds = self.log_probability  # never asked
 
     def log_probability(self, scores):
@@ -33,7 +34,8 @@ def keys_of(lengths, seed, threshold=-1e9):
     vectors = normalize(torch.randn(2, n, DIM, generator=draw, dtype=torch.float64), dim=-1)
     raw = torch.rand(2, n, generator=draw, dtype=torch.float64) + 0.1
     weights = torch.cat([one / one.sum(-1, keepdim=True) for one in raw.split(list(lengths), 1)], 1)
-    return EditKeys(vectors, weights, torch.tensor(lengths), torch.tensor(threshold, dtype=torch.float64))
+    strict = torch.tensor(threshold, dtype=torch.float64)
+    return EditKeys(vectors, weights, torch.tensor(lengths), strict, torch.tensor(0))
 
 
 def prompts(lengths, seed=9):

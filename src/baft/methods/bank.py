@@ -215,6 +215,20 @@ class BankEditor(StatefulEditor, StackedEditor):
             self._put()
         return tuple(one for one in outcomes if isinstance(one, EditOutcome))
 
+    def load_state_dict(self, state: Mapping[str, Tensor], requests: Sequence[EditRequest]) -> None:
+        """Puts saved edits into force in place of the present ones.
+
+        Where their scopes were read with another head than this host has now, they are read anew.
+        """
+        head, anew = self._scope.head.fingerprint, dict(state)
+        for request in requests:
+            for edit in request.edits:
+                made_by = state.get(f"{edit.id}.head")
+                if made_by is not None and made_by.ndim == 0 and int(made_by) != head:
+                    [keys] = self.keys([edit], request.unrelated)
+                    anew |= {f"{edit.id}.{name}": tensor for name, tensor in keys.items()}
+        super().load_state_dict(anew, requests)
+
     def state_before(self, n: int) -> State:
         """The table without the edits of the last `n` requests."""
         gone = {edit.id for request in self.requests[-n:] for edit in request.edits}
@@ -233,7 +247,7 @@ class BankEditor(StatefulEditor, StackedEditor):
         """Of every edit its bases at each site, and its keys."""
         found: dict[str, tuple[int | None, ...]] = {}
         for edit in (edit for request in requests for edit in request.edits):
-            shapes: tuple[tuple[int | None, ...], ...] = ((None, None, None), (None, None), (None,), ())
+            shapes: tuple[tuple[int | None, ...], ...] = ((None, None, None), (None, None), (None,), (), ())
             found |= {f"{edit.id}.{name}": shape for name, shape in zip(_KEYS, shapes, strict=True)}
             for site in self.sites:
                 for part in _BASES:
@@ -392,7 +406,7 @@ class BankEditor(StatefulEditor, StackedEditor):
 
 
 _BASES = ("R", "A", "b")
-_KEYS = ("vectors", "weights", "lengths", "threshold")  # of `EditKeys`
+_KEYS = ("vectors", "weights", "lengths", "threshold", "head")  # of `EditKeys`
 
 
 def _name(edit: str, site: Site, part: str) -> str:

@@ -31,6 +31,7 @@ from baft.hosts.kept import kept_path
 from baft.hosts.models import Host
 from baft.nn.scope import ScopeHead, ScopeKeys
 from baft.scope.calibration import Calibration, Ordinary, calibrate, own_thresholds, read_ordinary
+from baft.scope.index import fingerprint
 from baft.scope.reading import Reader
 from baft.scope.training import ScopeConfig, train_scope
 
@@ -88,6 +89,11 @@ class Head:
     def thresholds(self, keys: ScopeKeys) -> Float[Tensor, " edit"]:
         """The log-probability above which each edit acts; of its own keys and the host, of no other edit."""
         return own_thresholds(self.net, self.ordinary, keys)
+
+    @property
+    def fingerprint(self) -> int:
+        """A number that tells this head from others."""
+        return fingerprint([*self.net.state_dict().values(), self.ordinary.vectors])
 
     def log_probability(self, scores: Float[Tensor, "channel prompt edit"]) -> Float[Tensor, "prompt edit"]:
         """How sure it is that a prompt is about an edit; see `ScopeHead.log_probability`."""

@@ -1,6 +1,7 @@
 """Which of many edits a prompt is about: late interaction with the keys of all, in pieces of bounded size."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, final, runtime_checkable
 
@@ -17,6 +18,10 @@ _EXCLUDED = -2.0  # below every cosine
 @runtime_checkable
 class Judge(Protocol):
     """What makes keys of prompts, and a judgment of scores; trained, or not (`untrained.py`)."""
+
+    @property
+    def fingerprint(self) -> int:
+        """A number that tells this head from others; keys of one mean nothing to another."""
 
     def vectors(
         self, features: Float[Tensor, "row token n_features"]
@@ -44,12 +49,22 @@ class EditKeys:
         weights: How much each counts; one in sum over each wording.
         lengths: Tokens of each wording.
         threshold: Log-probability that a prompt must exceed.
+        head: Fingerprint of the head that made these.
     """
 
     vectors: Float[Tensor, "channel token dim"]
     weights: Float[Tensor, "channel token"]
     lengths: Int[Tensor, " wording"]
     threshold: Float[Tensor, ""]
+    head: Int[Tensor, ""]
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> int:
+    """63 bits of the SHA-256 of some tensors, as they are in float32."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return int.from_bytes(found.digest()[:8], "big") >> 1
 
 
 @final

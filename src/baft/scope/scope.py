@@ -1,7 +1,7 @@
 """The scope of edits on one host: what they are found by, and what a prompt is about."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -59,6 +59,7 @@ class Scope:
         features, real = padded(self.reader.words([encode(text) for texts in wordings for text in texts]))
         made = self.head.keys(features, real)
         thresholds = self.head.thresholds(made)
+        head = torch.tensor(self.head.fingerprint, device=thresholds.device)
         found, start = [], 0
         for edit, texts in zip(edits, wordings, strict=True):
             here = slice(start, start + len(texts))
@@ -69,6 +70,7 @@ class Scope:
                 made.weights[:, here].flatten(1)[:, kept],
                 real[here].sum(-1),
                 thresholds[here].max(),
+                head,
             )
             found.append(self._without((*edit.neighbors, *unrelated), keys))
         return found
@@ -79,7 +81,7 @@ class Scope:
             return keys
         rows = [self.reader.encoder.prompt(text) for text in neighbors]
         reached = ScopeIndex(self.head, [keys]).log_probability(*self.read(rows)).max()
-        return EditKeys(keys.vectors, keys.weights, keys.lengths, torch.maximum(keys.threshold, reached))
+        return replace(keys, threshold=torch.maximum(keys.threshold, reached))
 
 
 def scope_of(host: Host, encoder: Encoder) -> Scope:

@@ -17,6 +17,7 @@ from baft.hosts.architecture import find_architecture
 from baft.hosts.background import background_text, fitting
 from baft.nn.scope import ScopeKeys
 from baft.nn.whitening import Whitening
+from baft.scope.index import fingerprint
 from baft.scope.reading import Reader
 
 _SHRINKAGE = 0.1
@@ -47,6 +48,11 @@ class UntrainedHead(nn.Module):
         identity = torch.eye(len(found.mean), dtype=found.factor.dtype, device=found.factor.device)
         inverse = torch.linalg.solve_triangular(found.factor, identity, upper=False)
         return cls(found.mean.to(embeddings.dtype), inverse.to(embeddings.dtype))
+
+    @property
+    def fingerprint(self) -> int:
+        """A number that tells this head from others."""
+        return fingerprint([self.mean, self.whitening])
 
     def vectors(
         self, features: Float[Tensor, "row token n_features"]
