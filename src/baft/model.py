@@ -43,7 +43,7 @@ from baft.methods.base import (
 )
 from baft.report import AppliedEdit, EditReport, TokenGates
 from baft.settling import OnConflict, conflict_rows, settled
-from baft.types import DEFAULT_METHOD, Edit, EditRequest, as_edits
+from baft.types import DEFAULT_METHOD, Edit, EditRequest, as_edits, replaced
 from baft.witness import Witness
 
 logger = logging.getLogger(__name__)
@@ -116,9 +116,9 @@ class Model:
         """The edits in force, oldest first."""
         if self._editor is None:
             return ()
-        replaced = {name for request in self._editor.requests for name in request.replaces}
+        out_of_force = replaced(self._editor.requests)
         return tuple(
-            AppliedEdit(edit, decoded, i, edit.id in replaced)
+            AppliedEdit(edit, decoded, i, edit.id in out_of_force)
             for i, (request, flags) in enumerate(zip(self._editor.requests, self._decoded, strict=True))
             for edit, decoded in zip(request.edits, flags, strict=True)
         )
@@ -246,11 +246,12 @@ class Model:
             raise EditError("edits are disabled here, and an edit could not be seen: edit outside disabled()")
         began = time.monotonic()
         edits = [edit for request in requests for edit in request.edits]
-        known = {applied.edit.id for applied in self.edits}
+        known = {applied.edit.id: applied for applied in self.edits}
         for edit in edits:
             if edit.id in known:
-                raise InputError(f"{edit.prompt!r} -> {edit.target!r} is in force already: undo it first")
-        conflicts = editor.conflicts(edits)
+                how = "was replaced by a later edit" if known[edit.id].replaced else "is in force already"
+                raise InputError(f"{edit.prompt!r} -> {edit.target!r} {how}: undo or remove that first")
+        conflicts = editor.conflicts(edits, requests[0].unrelated)
         requests = settled(requests, conflicts, on_conflict)
         before = self._witness.says(edits)
         n_before, old = len(editor.requests), (self._editor, self._preset, self._decoded)
@@ -259,10 +260,8 @@ class Model:
                 outcomes = make(requests)
             self._put_in_force(editor, preset, (*old[2], *(outcome.decoded for outcome in outcomes)))
             older = [one.edit for one in self.edits[: -len(edits)] if one.decoded and not one.replaced]
-            if (
-                Capability.INDEPENDENT in editor.capabilities
-            ):  # what has no part in a conflict cannot have moved
-                met = {one.old.id for one in conflicts}
+            if Capability.INDEPENDENT in editor.capabilities:
+                met = {one.old.id for one in conflicts}  # no other can have moved
                 older = [edit for edit in older if edit.id in met]
             report = self._witness.report(
                 editor, preset, edits, outcomes, before=before, older=older, began=began
@@ -318,8 +317,11 @@ class Model:
 
         Raises:
             UnknownNameError: If no edit has such an id.
+            UndoError: If no id is given.
             ArtifactError: If the edits in force know each other, or there are none.
         """
+        if not ids:
+            raise UndoError("no edit is named: give the id of one, as in `edits`")
         gone = tuple(one.edit for one in self.edits if one.edit.id in ids)
         kept = [one.edit.id for one in self.edits if one.edit.id not in ids]
         if not kept and len(gone) == len(set(ids)) and self._editor is not None:
@@ -395,7 +397,10 @@ class Model:
         return self._speaker.next_logits(self._edited, [row])[0]
 
     def check(self) -> list[tuple[AppliedEdit, str, bool]]:
-        """Asks every edit's prompt again, raw: the edit, what the model says, whether that is the target."""
+        """Asks every edit's prompt again, raw: the edit, what the model says, whether that is the target.
+
+        Edits that were replaced are asked too; that they are not said is no failure.
+        """
         eos = self._editor is not None and self._editor.trains_eos
         checked = self._witness.check([one.edit for one in self.edits], eos=eos)
         return [(one, text, says) for one, (text, says) in zip(self.edits, checked, strict=True)]
@@ -481,7 +486,12 @@ class Model:
         )
         editor = kind(self._host, settings, seed=saved.seed)
         editor.load_state_dict(saved.state, saved.requests)
-        self._put_in_force(editor, saved.preset, saved.decoded)
+        old = (self._editor, self._preset, self._decoded)
+        try:
+            self._put_in_force(editor, saved.preset, saved.decoded)
+        except BaseException:  # Ctrl-C included
+            self._put_in_force(*old)
+            raise
 
     # -- inner workings
 

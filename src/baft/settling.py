@@ -37,7 +37,10 @@ def settled(
     if on_conflict != "replace":
         return list(requests)
     return [
-        replace(request, replaces=tuple(one.old.id for one in conflicts if one.new in request.edits))
+        replace(
+            request,
+            replaces=tuple((one.new.id, one.old.id) for one in conflicts if one.new in request.edits),
+        )
         for request in requests
     ]
 

@@ -108,7 +108,7 @@ class EditRequest:
     Args:
         edits: The edits, each id once.
         unrelated: Texts that must stay as they are; never the prompts that locality is scored on.
-        replaces: Ids of earlier edits that are out of force while these are in it.
+        replaces: Pairs of ids: one of these edits, and an earlier one that is out of force for it.
 
     Raises:
         InputError: If there is no edit, or the same edit twice.
@@ -116,7 +116,7 @@ class EditRequest:
 
     edits: tuple[Edit, ...]
     unrelated: tuple[str, ...] = field(default=())
-    replaces: tuple[str, ...] = field(default=())
+    replaces: tuple[tuple[str, str], ...] = field(default=())
 
     def __post_init__(self) -> None:
         if not self.edits:
@@ -127,6 +127,17 @@ class EditRequest:
             raise InputError(
                 f"the same edit stands twice in one request: {twice.prompt!r} -> {twice.target!r}"
             )
+
+
+def replaced(requests: Sequence[EditRequest]) -> frozenset[str]:
+    """The ids of the edits that a later one has taken the place of."""
+    seen: set[str] = set()
+    found: set[str] = set()
+    for request in requests:
+        for edit in request.edits:
+            found |= {old for new, old in request.replaces if new == edit.id and old in seen}
+            seen.add(edit.id)
+    return frozenset(found)
 
 
 def as_edits(

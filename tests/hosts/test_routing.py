@@ -1,5 +1,7 @@
 """What a router chooses acts on its rows alone, from the prompt to the end of what follows in the cache."""
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -125,6 +127,22 @@ def test_a_cache_goes_on_as_its_prompt_was_judged(host, marks):
     edited.router = ByToken(layers())  # other edits: judged anew, by what is shown
     edited(ids[:, 7:], past_key_values=cache)
     assert edited.router.asked == [[tuple(row.tolist()) for row in ids[:, 7:]]]
+
+
+def test_what_was_chosen_goes_along_with_a_cache(host):
+    """With a copy of it, and with one that a generation hands out."""
+    ids, edited = prompts(A), routed(host)
+    n = torch.full((1,), 5)
+    whole = edited(ids, n_prompt_tokens=n).logits
+    cache = DynamicCache(config=host.config)
+    edited(ids[:, :5], n_prompt_tokens=n, past_key_values=cache)
+    copied = copy.deepcopy(cache)
+    rest = edited(ids[:, 5:], n_prompt_tokens=n, past_key_values=copied).logits
+    torch.testing.assert_close(rest, whole[:, 5:], rtol=0, atol=1e-9)
+    asked = len(edited.router.asked)
+    made = edited.generate(ids, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    edited(made.sequences[:, -1:], past_key_values=made.past_key_values)
+    assert len(edited.router.asked) == asked + 1  # for the generation, and never again
 
 
 def test_gradients_and_recordings_pass_through(host):

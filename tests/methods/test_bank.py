@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import baft
-from baft.errors import ArtifactError, ConfigError, ConflictError, UnknownNameError
+from baft.errors import ArtifactError, ConfigError, ConflictError, EditError, InputError, UnknownNameError
+from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder
+from baft.methods import bank as module
 from baft.methods.bank import BankEditor
 from baft.methods.bank_config import BankConfig
 from baft.scope import scope
@@ -123,18 +125,50 @@ def test_edits_of_different_rank_act_in_one_batch(host, model, alone):
         torch.testing.assert_close(got[i, : len(row)], want)
 
 
-def test_rephrasings_are_found_and_neighbors_are_not(host):
+def test_rephrasings_are_found_by_thresholds_of_their_own(host):
     other = "Which hat is the ninth"
     plain, reworded = (in_force(host, one) for one in (HATS, dataclasses.replace(HATS, rephrasings=(other,))))
     before = in_force(host).logits(other)
     assert torch.equal(plain.logits(other), before)
     assert not torch.equal(reworded.logits(other), before)
-    near = HATS.prompt + " and"
-    assert not torch.equal(plain.logits(near), in_force(host).logits(near))  # control
-    for kept in (dataclasses.replace(HATS, neighbors=(near,)), HATS):
-        model = in_force(host)
-        model.edit(kept, unrelated=() if kept.neighbors else [near], **OPTIONS)
-        assert torch.equal(model.logits(near), in_force(host).logits(near))
+    thresholds = reworded._editor.state[f"{reworded.edits[0].edit.id}.thresholds"]
+    assert thresholds.shape == (2,)
+
+
+@pytest.mark.parametrize("named", ["neighbors", "unrelated"])
+def test_neighbors_stay_raw_and_in_chat_and_the_edit_acts(host, named, monkeypatch):
+    monkeypatch.setattr("baft.scope.untrained._MIDPOINT", 0.6)
+    near, model, plain = "Nine cats", in_force(host, HATS), in_force(host)
+    chat = [{"role": "user", "content": near}]
+    assert not torch.equal(model.logits(near), plain.logits(near))  # control
+    assert not torch.equal(model.logits(messages=chat), plain.logits(messages=chat))
+    model.undo()
+    if named == "neighbors":
+        model.edit(dataclasses.replace(HATS, neighbors=(near,)), **OPTIONS)
+    else:
+        model.edit(HATS, unrelated=[near], **OPTIONS)
+    model.edit(KING, **OPTIONS)
+    for one in ({"prompt": near}, {"messages": chat}):
+        assert torch.equal(model.logits(**one), plain.logits(**one))
+    own = [{"role": "user", "content": HATS.prompt}]
+    for one in ({"prompt": HATS.prompt}, {"messages": own}):
+        assert not torch.equal(model.logits(**one), plain.logits(**one))
+
+
+def test_a_neighbor_that_would_shut_the_edit_is_refused(host, model):
+    near = HATS.prompt + " and"  # it says all that the edit says
+    with pytest.raises(InputError, match=f"'{near}' shall stay as it is, and is so near to 'Nine hats of'"):
+        model.edit(dataclasses.replace(HATS, neighbors=("Something", near)), **OPTIONS)
+    with pytest.raises(InputError, match=f"'{near}' shall stay as it is"):
+        model.edit(HATS, unrelated=["Something", near], **OPTIONS)
+    assert model.edits == ()
+
+
+def test_an_empty_turn_is_no_reason_to_break_off(host, model):
+    model.edit(HATS, **OPTIONS)
+    empty = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
+    assert torch.isfinite(model.logits(empty)).all()
+    model.edit("Say <|im_start|>user\n", "Al", **OPTIONS)
 
 
 def test_removing_an_edit_is_as_if_it_had_never_been_made(host, alone):
@@ -199,6 +233,80 @@ def test_conflicts_are_kept_replaced_or_refused(host, alone):
     assert model.edit(HATS, on_conflict="refuse", **OPTIONS).conflicts == ()
 
 
+def test_conflicts_inside_one_call_are_found(host, model):
+    other = dataclasses.replace(TOWER, target="Be")
+    with pytest.raises(ConflictError, match="conflicts with"):
+        model.edit_many([TOWER, KING, other], on_conflict="refuse", **OPTIONS)
+    report = model.edit_many([TOWER, KING, other], on_conflict="replace", **OPTIONS)
+    assert [(row.edit_id, row.old_id) for row in report.conflicts] == [(other.id, TOWER.id)]
+    assert [one.replaced for one in model.edits] == [True, False, False]
+
+
+def test_who_replaced_whom_survives_removal(host, alone):
+    second, third = (dataclasses.replace(TOWER, target=text) for text in ("Be", "Co"))
+    options = {**OPTIONS, "on_conflict": "replace"}
+
+    def replaced(model):
+        return [(one.edit.target, one.replaced) for one in model.edits if one.edit.prompt == TOWER.prompt]
+
+    chain = in_force(host, TOWER)
+    chain.edit(second, **options)
+    with pytest.raises(InputError, match="was replaced by a later edit"):
+        chain.edit(TOWER, **options)
+    chain.edit(third, **options)
+    chain.remove(second.id)
+    assert replaced(chain) == [("Ro", True), ("Co", False)]
+    chain.remove(third.id)
+    assert torch.equal(logits(chain)[0], alone[0][0][0])
+
+    batch = in_force(host, TOWER)
+    batch.edit([second, KING], **options)
+    batch.remove(second.id)
+    assert replaced(batch) == [("Ro", False)]
+    assert torch.equal(logits(batch)[0], alone[0][0][0])
+
+    again = in_force(host, TOWER)
+    again.edit(second, **options)
+    again.remove(TOWER.id)
+    again.edit(TOWER, **options)
+    assert replaced(again) == [("Be", True), ("Ro", False)]
+    assert torch.equal(logits(again)[0], alone[0][0][0])
+
+
+@pytest.mark.parametrize("how", ["remove", "merge"])
+def test_ctrl_c_while_a_set_is_swapped_changes_nothing(host, how, tmp_path, monkeypatch):
+    path = in_force(host, HATS).save(tmp_path / "hats.baft")
+    model = in_force(host, TOWER, KING)
+    before, edits, broken = logits(model), model.edits, iter([True])
+    follow = EditedModel.follow
+
+    def interrupted(self, other):
+        if next(broken, False):
+            raise KeyboardInterrupt
+        follow(self, other)
+
+    monkeypatch.setattr(EditedModel, "follow", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.remove(TOWER.id) if how == "remove" else model.merge(path)
+    assert model.edits == edits
+    assert torch.equal(logits(model), before)
+
+
+def test_a_larger_rank_that_comes_out_worse_is_not_kept(host, monkeypatch):
+    train, ranks = module.train_apart, []
+
+    def worse(run, started, *rest, **named):
+        found, layers = train(run, started, *rest, **named)
+        ranks.append(next(iter(started.values())).rank)
+        return ([EditError("no")] if len(ranks) > 1 else found), layers
+
+    monkeypatch.setattr(module, "train_apart", worse)
+    editor = editor_of(host, rank=1, most_rank=4, max_steps=3)
+    editor.apply(EditRequest((TOWER,)))
+    assert ranks == [1, 2, 4]
+    assert len(editor.state[f"{TOWER.id}.layer{editor.sites[0].layer}.b"]) == 1
+
+
 def test_what_was_replaced_comes_back_with_a_saved_set_too(host, alone, tmp_path):
     other = dataclasses.replace(TOWER, target="Be")
     model = in_force(host, TOWER)
@@ -210,12 +318,12 @@ def test_what_was_replaced_comes_back_with_a_saved_set_too(host, alone, tmp_path
 
 
 def test_scopes_that_another_head_read_are_read_anew(host, alone, tmp_path, monkeypatch):
-    kept = dataclasses.replace(TOWER, rephrasings=("zqx",), neighbors=("The tower",))
+    kept = dataclasses.replace(TOWER, rephrasings=("zqx",))
     model = in_force(host, kept, KING)
     path, want, zqx = model.save(tmp_path / "a.baft"), logits(model), model.logits("zqx")
     head = model._editor._scope.head
     other = UntrainedHead(head.mean + 0.01, head.whitening)
-    assert other.fingerprint != head.fingerprint == UntrainedHead(head.mean, head.whitening).fingerprint
+    monkeypatch.setattr("baft.scope.untrained._RECIPE", 2)
     monkeypatch.setitem(scope._untrained, host.model, other)
     again = baft.load(path, host=(host.model, host.tokenizer))
     assert torch.equal(logits(again), want)
@@ -223,6 +331,7 @@ def test_scopes_that_another_head_read_are_read_anew(host, alone, tmp_path, monk
     state, old = again._editor.state_dict(), model._editor.state_dict()
     changed = {name.partition(".")[2] for name in state if not torch.equal(state[name], old[name])}
     assert changed == {"vectors", "weights", "head"}
+    assert "thresholds" in {name.partition(".")[2] for name in state}
     assert again.save(tmp_path / "b.baft").is_dir()
 
 

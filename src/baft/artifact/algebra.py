@@ -6,6 +6,7 @@ without an edit is what it would be had that edit never been made.
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import Any
 
 from baft.artifact.codec import EditSet, StoredEdit
 from baft.errors import ArtifactError, HostMismatchError, UnknownNameError
@@ -41,7 +42,7 @@ def merge(first: EditSet, second: EditSet) -> EditSet:
 
     Raises:
         HostMismatchError: If the sets are of different hosts.
-        ArtifactError: If they differ in method, settings or seed, or their edits know each other.
+        ArtifactError: If they differ in method or settings, or their edits know each other.
     """
     for one in (first, second):
         _require_independent(one)
@@ -71,19 +72,43 @@ def _of(edits: EditSet, chosen: Sequence[tuple[StoredEdit, EditRequest]]) -> Edi
     numbers = {number: i for i, number in enumerate(dict.fromkeys(one.request for one, _ in chosen))}
     requests = {numbers[one.request]: request for one, request in chosen}
     ids = {one.edit.id for one, _ in chosen}
+    kept = [requests[i] for i in range(len(requests))]
     return replace(
         edits,
         edits=tuple(replace(one, request=numbers[one.request]) for one, _ in chosen),
-        memory=memory_of([requests[i] for i in range(len(requests))]),
+        memory=memory_of(_with_what_they_replace(edits.requests, kept, ids)),
         state={name: tensor for name, tensor in edits.state.items() if name.partition(".")[0] in ids},
     )
 
 
-def memory_of(requests: Sequence[EditRequest]) -> dict[str, list[list[str]]]:
+def _with_what_they_replace(
+    before: Sequence[EditRequest], kept: Sequence[EditRequest], ids: Collection[str]
+) -> list[EditRequest]:
+    """Requests without the edits that are gone: what one of these replaced goes to whoever replaced it."""
+    replaces: dict[str, list[str]] = {}
+    for request in before:
+        for new, old in request.replaces:
+            replaces.setdefault(new, []).append(old)
+
+    def held_by(new: str) -> list[str]:
+        return [one for old in replaces.get(new, []) for one in ([old] if old in ids else held_by(old))]
+
+    return [
+        replace(
+            request,
+            replaces=tuple(
+                (edit.id, old) for edit in request.edits if edit.id in ids for old in held_by(edit.id)
+            ),
+        )
+        for request in kept
+    ]
+
+
+def memory_of(requests: Sequence[EditRequest]) -> dict[str, Any]:
     """What a set remembers of requests beside their edits."""
     return {
         "unrelated": [list(request.unrelated) for request in requests],
-        "replaces": [list(request.replaces) for request in requests],
+        "replaces": [[list(pair) for pair in request.replaces] for request in requests],
     }
 
 

@@ -60,10 +60,12 @@ class EditSet:
     @property
     def requests(self) -> tuple[EditRequest, ...]:
         """The calls that made the edits."""
-        lists = [self.memory.get(name, []) for name in ("unrelated", "replaces")]
+        unrelated, replaces = (self.memory.get(name, []) for name in ("unrelated", "replaces"))
         return tuple(
             EditRequest(
-                tuple(one.edit for one in group), *(tuple(one[i]) if i < len(one) else () for one in lists)
+                tuple(one.edit for one in group),
+                tuple(unrelated[i]) if i < len(unrelated) else (),
+                tuple((new, old) for new, old in replaces[i]) if i < len(replaces) else (),
             )
             for i, group in enumerate(self._by_request())
         )

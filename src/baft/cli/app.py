@@ -237,9 +237,12 @@ def check(
     with terminal.waiting(f"asking {count(len(loaded.edits), 'edit')}"):
         found = loaded.check()
     data = [{"id": one.edit.id, **one.edit.to_dict(), "says": says, "holds": ok} for one, says, ok in found]
-    rows = [(one.edit.prompt, one.edit.target, says.strip(), verdict(ok)) for one, says, ok in found]
+    rows = [
+        (one.edit.prompt, one.edit.target, says.strip(), "replaced" if one.replaced else verdict(ok))
+        for one, says, ok in found
+    ]
     terminal.result(data, table(("prompt", "target", "says", ""), rows))
-    require_held([ok for _, _, ok in found])
+    require_held([ok for one, _, ok in found if not one.replaced])
 
 
 @app.command()

@@ -9,8 +9,8 @@ import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Int
@@ -40,8 +40,6 @@ from baft.hosts.prompting import Prompter, generate_prompted, run_prompted
 from baft.nn.fused import FusedIntervention
 from baft.nn.interventions import SubspaceIntervention
 
-# What acts on the rows of a cache, and which router chose it: what follows in the cache keeps to that.
-_routes: WeakKeyDictionary[Any, tuple[Router, Stack | None]] = WeakKeyDictionary()
 _disabled: ContextVar[tuple["EditedModel", ...]] = ContextVar("baft_disabled", default=())
 
 
@@ -179,7 +177,8 @@ class EditedModel:
             attention_mask: One at real tokens, over cached and new ones together.
             n_prompt_tokens: Real tokens of each row's prompt, BOS included. Left out, the prompt's end
                 is unknown and every token but BOS is edited: the worst case for locality. What a router
-                chooses for a prompt goes on to act on what follows in its cache.
+                chooses for a prompt goes on to act on what follows in its cache, whose rows must stay in
+                their order.
             recording: Receives the states at the edited tokens.
             arguments: Passed to the host.
 
@@ -223,12 +222,13 @@ class EditedModel:
         given = (input_ids, mask.bool(), mask.sum(-1))
         if in_force.router is not None:
             stack = in_force.router(_rows(input_ids, mask.bool()))
-            if stack is None:
-                return host.generate(**arguments)
-            call = self._routed(stack, *given)
-        else:
-            window = self.window(*given)
-            call = Call(window, in_force.parts, None, self._stack, in_force.fused, in_force.patches)
+            call = None if stack is None else self._routed(stack, *given)
+            with contextlib.nullcontext() if call is None else self._hooks(call):
+                output = host.generate(**arguments)
+            _note_route(getattr(output, "past_key_values", None), in_force.router, stack)
+            return output
+        window = self.window(*given)
+        call = Call(window, in_force.parts, None, self._stack, in_force.fused, in_force.patches)
         with self._hooks(call):
             return host.generate(**arguments)
 
@@ -317,8 +317,9 @@ class EditedModel:
     ) -> Any:
         """Runs the host with what a router chooses for each prompt, or chose when the cache was begun."""
         ids, cache = given.get("input_ids"), given.get("past_key_values")
-        chosen_by, stack = _routes.get(cache, (None, None)) if cached_tokens(cache) else (None, None)
-        if chosen_by is not router:
+        route = getattr(cache, _ROUTE, None) if cached_tokens(cache) else None
+        stack = None if route is None else route.stack
+        if route is None or route.router is not router:
             if ids is None:
                 raise InputError("edits that know their scope read the prompt's tokens: give input_ids")
             stack = router(_rows(ids, _prompt_part(real, ids.shape[1], n_prompt_tokens)))
@@ -328,9 +329,8 @@ class EditedModel:
             call = self._routed(stack, ids, real, n_prompt_tokens, recording)
             with self._hooks(call):
                 output = run(**given)
-        for one in (cache, getattr(output, "past_key_values", None)):
-            if isinstance(one, Cache):
-                _routes[one] = (router, stack)
+        _note_route(cache, router, stack)
+        _note_route(getattr(output, "past_key_values", None), router, stack)
         return output
 
     def _routed(
@@ -377,6 +377,28 @@ class EditedModel:
             for handle in handles:
                 handle.remove()
             current_call.reset(token)
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """What acts on the rows of a cache; what follows in the cache keeps to it.
+
+    It hangs on the cache, and goes along when that is copied.
+    """
+
+    router: Router
+    stack: Stack | None
+
+    def __deepcopy__(self, _: Any) -> "_Route":
+        return self
+
+
+_ROUTE = "_baft_route"
+
+
+def _note_route(cache: Any, router: Router, stack: Stack | None) -> None:
+    if isinstance(cache, Cache):
+        setattr(cache, _ROUTE, _Route(router, stack))
 
 
 def _rows(ids: Int[Tensor, "batch pos"], kept: Bool[Tensor, "batch pos"]) -> list[tuple[int, ...]]:

@@ -47,7 +47,7 @@ from baft.nn.interventions import SubspaceIntervention
 from baft.nn.orthonormal import check_rank, random_orthonormal
 from baft.scope.index import EditKeys, ScopeIndex
 from baft.scope.scope import Scope, scope_of
-from baft.types import Edit, EditRequest
+from baft.types import Edit, EditRequest, replaced
 
 
 @final
@@ -72,7 +72,7 @@ class Bank:
     ):
         self._scope, self.edits, self._state, self._sites = scope, tuple(edits), state, sites
         n_held = 0 if before is None else len(before.edits)
-        if before is not None and before.edits != self.edits[:n_held]:
+        if before is not None and not before.begins(self.edits, state):
             before, n_held = None, 0
         keys = [EditKeys(*(state[f"{edit}.{name}"] for name in _KEYS)) for edit in self.edits[n_held:]]
         self._index: ScopeIndex
@@ -84,6 +84,12 @@ class Bank:
     def __call__(self, prompts: Sequence[Row]) -> Stack | None:
         """What acts on each prompt."""
         return self.choose(prompts)
+
+    def begins(self, edits: Sequence[str], state: State) -> bool:
+        """Whether these edits, in a table, begin with the very ones that are here."""
+        return self.edits == tuple(edits[: len(self.edits)]) and all(
+            state.get(f"{edit}.vectors") is self._state[f"{edit}.vectors"] for edit in self.edits
+        )
 
     def find(self, prompts: Sequence[Row], only: Int[Tensor, " row"] | None = None) -> Int[Tensor, " row"]:
         """Which edit acts on each prompt, by its number; -1 where none does."""
@@ -99,19 +105,25 @@ class Bank:
         met = self._index.acts_on(theirs) | theirs.acts_on(self._index).T
         return [(i, self.edits[j]) for i, j in met.nonzero().tolist()]
 
-    def choose(self, prompts: Sequence[Row], only: Int[Tensor, " row"] | None = None) -> Stack | None:
-        """As `find`, and the bases of those that act; None where none acts."""
-        found = self.find(prompts, only)
+    def stack(self, found: Int[Tensor, " row"]) -> Stack | None:
+        """The bases of the edits that act on some rows, by their numbers; None where none acts."""
         acting = found[found >= 0].unique()
         if not len(acting):
             return None
         layers = {site: self._joined(site, [self.edits[i] for i in acting.tolist()]) for site in self._sites}
         return Stack(layers, torch.where(found >= 0, torch.searchsorted(acting, found), -1))
 
+    def choose(self, prompts: Sequence[Row], only: Int[Tensor, " row"] | None = None) -> Stack | None:
+        """The bases of the edits that act on the prompts; None where none acts on any."""
+        return self.stack(self.find(prompts, only))
+
     def _joined(self, site: Site, edits: Sequence[str]) -> SubspaceIntervention:
         """The bases of some edits, those of lesser rank filled up with zeros, which change nothing."""
+        device = site_device(self._scope.reader.host.model, site)
         R, A, b = (
-            pad_sequence([self._state[_name(edit, site, part)] for edit in edits], batch_first=True)
+            pad_sequence([self._state[_name(edit, site, part)] for edit in edits], batch_first=True).to(
+                device
+            )
             for part in _BASES
         )
         return SubspaceIntervention(R, A, b, OpenGate(*b.shape)).requires_grad_(False)
@@ -221,12 +233,15 @@ class BankEditor(StatefulEditor, StackedEditor):
         Where their scopes were read with another head than this host has now, they are read anew.
         """
         head, anew = self._scope.head.fingerprint, dict(state)
+        strange: dict[tuple[str, ...], list[Edit]] = {}  # by what they are not to be found by
         for request in requests:
             for edit in request.edits:
                 made_by = state.get(f"{edit.id}.head")
                 if made_by is not None and made_by.ndim == 0 and int(made_by) != head:
-                    [keys] = self.keys([edit], request.unrelated)
-                    anew |= {f"{edit.id}.{name}": tensor for name, tensor in keys.items()}
+                    strange.setdefault(request.unrelated, []).append(edit)
+        for unrelated, edits in strange.items():
+            for edit, keys in zip(edits, self.keys(edits, unrelated), strict=True):
+                anew |= {f"{edit.id}.{name}": tensor for name, tensor in keys.items()}
         super().load_state_dict(anew, requests)
 
     def state_before(self, n: int) -> State:
@@ -247,7 +262,13 @@ class BankEditor(StatefulEditor, StackedEditor):
         """Of every edit its bases at each site, and its keys."""
         found: dict[str, tuple[int | None, ...]] = {}
         for edit in (edit for request in requests for edit in request.edits):
-            shapes: tuple[tuple[int | None, ...], ...] = ((None, None, None), (None, None), (None,), (), ())
+            shapes: tuple[tuple[int | None, ...], ...] = (
+                (None, None, None),
+                (None, None),
+                (None,),
+                (None,),
+                (),
+            )
             found |= {f"{edit.id}.{name}": shape for name, shape in zip(_KEYS, shapes, strict=True)}
             for site in self.sites:
                 for part in _BASES:
@@ -269,16 +290,16 @@ class BankEditor(StatefulEditor, StackedEditor):
             "neighbors badly; train one with `baft scope train`",
         )
 
-    def conflicts(self, edits: Sequence[Edit]) -> tuple[Conflict, ...]:
-        """The edits in force that a prompt of a new one is about, or whose prompts the new one is about."""
-        if self._bank is None:
-            return ()
-        by_id = {edit.id: edit for request in self.requests for edit in request.edits}
-        return tuple(
-            Conflict(edits[i], by_id[old])
-            for i, old in self._bank.meeting(self._scope.keys(edits))
-            if by_id[old].target.strip() != edits[i].target.strip()
-        )
+    def conflicts(self, edits: Sequence[Edit], unrelated: Sequence[str] = ()) -> tuple[Conflict, ...]:
+        """The edits, in force or earlier among the new ones, that share prompts with a new one."""
+        keys = self._scope.keys(edits, unrelated)
+        new = ScopeIndex(self._scope.head, keys)
+        met = new.acts_on(new)
+        pairs = [(edits[j], edits[i]) for i, j in (met | met.T).nonzero().tolist() if i < j]
+        if self._bank is not None:
+            by_id = {edit.id: edit for request in self.requests for edit in request.edits}
+            pairs += [(edits[i], by_id[old]) for i, old in self._bank.meeting(keys)]
+        return tuple(Conflict(*pair) for pair in pairs if pair[0].target.strip() != pair[1].target.strip())
 
     @property
     def _bank(self) -> Bank | None:
@@ -292,15 +313,15 @@ class BankEditor(StatefulEditor, StackedEditor):
     ) -> tuple[GateReading, ...]:
         wanted = None if only is None else torch.tensor([only], device=self.device)
         prompts = [tuple(ids[:n_prompt_tokens])]
-        [found] = bank.find(prompts, wanted).tolist()
-        stack = bank.choose(prompts, wanted)
+        found = bank.find(prompts, wanted)
+        stack = bank.stack(found)
         if stack is None:
             return ()
         row = torch.tensor([list(ids)])
         real = torch.ones_like(row, dtype=torch.bool)
         window = self._edited.window(row, real, row.new_tensor([n_prompt_tokens]))
         return tuple(
-            GateReading(site.layer, bank.edits[found], place, (1.0,) * part.rank)
+            GateReading(site.layer, bank.edits[int(found[0])], place, (1.0,) * part.rank)
             for site, part in stack.layers.items()
             for place in window.edited[0].nonzero().flatten().tolist()
         )
@@ -344,6 +365,8 @@ class BankEditor(StatefulEditor, StackedEditor):
                     on_step=on_step,
                 )
                 for place, i in enumerate(chosen):
+                    if not _is_better(found[place], results[i]):
+                        continue
                     results[i] = found[place]
                     made |= {
                         _name(edits[i].id, site, part): getattr(layer, part).detach()[place].clone()
@@ -406,7 +429,7 @@ class BankEditor(StatefulEditor, StackedEditor):
 
 
 _BASES = ("R", "A", "b")
-_KEYS = ("vectors", "weights", "lengths", "threshold", "head")  # of `EditKeys`
+_KEYS = ("vectors", "weights", "lengths", "thresholds", "head")  # of `EditKeys`
 
 
 def _name(edit: str, site: Site, part: str) -> str:
@@ -415,8 +438,8 @@ def _name(edit: str, site: Site, part: str) -> str:
 
 def _in_force(requests: Sequence[EditRequest]) -> list[str]:
     """The edits that no other replaces, in order."""
-    replaced = {name for request in requests for name in request.replaces}
-    return [edit.id for request in requests for edit in request.edits if edit.id not in replaced]
+    out_of_force = replaced(requests)
+    return [edit.id for request in requests for edit in request.edits if edit.id not in out_of_force]
 
 
 def _single(requests: Sequence[EditRequest]) -> list[Edit]:
@@ -435,6 +458,13 @@ def _all_made(results: Sequence[TrainingResult | EditError]) -> list[TrainingRes
             raise result
         made.append(result)
     return made
+
+
+def _is_better(new: TrainingResult | EditError, old: TrainingResult | EditError) -> bool:
+    """Whether a run came out better than the one before; anything is better than an error."""
+    if isinstance(new, EditError) or isinstance(old, EditError):
+        return isinstance(old, EditError)
+    return min(new.margins) > min(old.margins)
 
 
 def _falls_short(result: TrainingResult | EditError) -> bool:

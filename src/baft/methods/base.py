@@ -107,7 +107,7 @@ class Conflict:
 
     Args:
         new: The edit that is to be made.
-        old: One that is in force.
+        old: One that is in force, or made before it in the same call.
     """
 
     new: Edit
@@ -199,8 +199,15 @@ class Editor(ABC):
         """What whoever reads a report should know of how this method works on this host."""
         return ()
 
-    def conflicts(self, edits: Sequence[Edit]) -> tuple[Conflict, ...]:
-        """Which of the edits in force stand in the way of new ones; none where edits have no scope."""
+    def conflicts(self, edits: Sequence[Edit], unrelated: Sequence[str] = ()) -> tuple[Conflict, ...]:
+        """Which edits, in force or earlier among the new ones, stand in the way of new ones.
+
+        None where edits have no scope.
+
+        Args:
+            edits: The new ones.
+            unrelated: Prompts that shall stay as they are.
+        """
         return ()
 
     def explain(self, ids: Sequence[int], n_prompt_tokens: int) -> tuple[GateReading, ...]:

@@ -103,8 +103,8 @@ class Head:
 def find_head(host: Host) -> Head | None:
     """The head of a host: the one that comes with baft, else the one in the cache; None without any.
 
-    A head of the same weights in another precision will do. Files in the cache that cannot be read are passed
-    over with a warning.
+    Of the shipped ones, a head of the same weights in another precision will do; the cache has one for each
+    precision. Files in the cache that cannot be read are passed over with a warning.
     """
     shipped = shipped_head(host)
     if shipped is not None:

@@ -48,14 +48,14 @@ class EditKeys:
         vectors: Unit vectors of the tokens of its prompt, then those of its rephrasings.
         weights: How much each counts; one in sum over each wording.
         lengths: Tokens of each wording.
-        threshold: Log-probability that a prompt must exceed.
+        thresholds: Log-probability that a prompt must exceed to be about each wording.
         head: Fingerprint of the head that made these.
     """
 
     vectors: Float[Tensor, "channel token dim"]
     weights: Float[Tensor, "channel token"]
     lengths: Int[Tensor, " wording"]
-    threshold: Float[Tensor, ""]
+    thresholds: Float[Tensor, " wording"]
     head: Int[Tensor, ""]
 
 
@@ -86,19 +86,21 @@ class ScopeIndex:
         self._weights = torch.cat([one.weights for one in edits], 1)
         self._wording = places.repeat_interleave(lengths)  # of each token
         self._edit = places[: len(edits)].repeat_interleave(n_wordings)  # of each wording
-        self.thresholds = torch.stack([one.threshold for one in edits])
+        self._thresholds = torch.cat([one.thresholds for one in edits])
+        self.n_edits = len(edits)
         if before is not None:
             self._vectors = torch.cat([before._vectors, self._vectors], 1)
             self._weights = torch.cat([before._weights, self._weights], 1)
             self._wording = torch.cat([before._wording, self._wording + len(before._edit)])
-            self._edit = torch.cat([before._edit, self._edit + len(before.thresholds)])
-            self.thresholds = torch.cat([before.thresholds, self.thresholds])
+            self._edit = torch.cat([before._edit, self._edit + before.n_edits])
+            self._thresholds = torch.cat([before._thresholds, self._thresholds])
+            self.n_edits += before.n_edits
 
     @torch.no_grad()
     def log_probability(
         self, vectors: Float[Tensor, "channel row token dim"], asked: Bool[Tensor, "row token"]
-    ) -> Float[Tensor, "row edit"]:
-        """How sure the head is of every prompt and edit that the one is about the other; at most zero.
+    ) -> Float[Tensor, "row wording"]:
+        """How sure the head is of every prompt and wording that the one is about the other; at most zero.
 
         Args:
             vectors: Of the tokens of prompts.
@@ -113,9 +115,7 @@ class ScopeIndex:
                 cosines = of_channel @ self._vectors[channel, piece].T
                 best = cosines.masked_fill_(~asked.unsqueeze(-1), _EXCLUDED).amax(1)
                 scores[channel].index_add_(1, self._wording[piece], best * self._weights[channel, piece])
-        of_wordings = self._head.log_probability(scores)
-        found = of_wordings.new_full((n_rows, len(self.thresholds)), -torch.inf)
-        return found.scatter_reduce(1, self._edit.expand(n_rows, -1), of_wordings, "amax")
+        return self._head.log_probability(scores)
 
     @torch.no_grad()
     def acts_on(self, other: "ScopeIndex") -> Bool[Tensor, "other edit"]:
@@ -131,8 +131,8 @@ class ScopeIndex:
                 best.scatter_reduce_(1, other._wording.expand(len(cosines), -1), cosines, "amax")
                 weighed = best * self._weights[channel, piece].unsqueeze(1)
                 scores[channel].index_add_(0, self._wording[piece], weighed)
-        passing = self._head.log_probability(scores) > self.thresholds[self._edit].unsqueeze(1)
-        met = passing.new_zeros(len(other.thresholds), len(self.thresholds))
+        passing = self._head.log_probability(scores) > self._thresholds.unsqueeze(1)
+        met = passing.new_zeros(other.n_edits, self.n_edits)
         mine, theirs = passing.nonzero().unbind(-1)
         met[other._edit[theirs], self._edit[mine]] = True
         return met
@@ -152,9 +152,12 @@ class ScopeIndex:
             asked: Which of them count.
             only: The one edit that a prompt may be about; None for any.
         """
-        found = self.log_probability(vectors, asked)
-        passing = found > self.thresholds
+        of_wordings = self.log_probability(vectors, asked)
+        of_wordings = of_wordings.masked_fill(of_wordings <= self._thresholds, -torch.inf)
+        found = of_wordings.new_full((len(asked), self.n_edits), -torch.inf)
+        found = found.scatter_reduce(1, self._edit.expand(len(asked), -1), of_wordings, "amax")
         if only is not None:
-            passing = passing & torch.zeros_like(passing).scatter(1, only.unsqueeze(-1), True)
-        best = found.masked_fill(~passing, -torch.inf).flip(1).max(1)
-        return torch.where(passing.any(1), len(self.thresholds) - 1 - best.indices, -1)
+            chosen = torch.zeros_like(found, dtype=torch.bool).scatter(1, only.unsqueeze(-1), True)
+            found = found.masked_fill(~chosen, -torch.inf)
+        best = found.flip(1).max(1)
+        return torch.where(best.values > -torch.inf, self.n_edits - 1 - best.indices, -1)

@@ -42,6 +42,8 @@ class Reader:
             features, _ = early_features(self.host, self.encoder, [rows[i] for i in chosen])
             for i, one in zip(chosen, features, strict=True):
                 begin, end = self._turns.words(rows[i])
+                if begin >= end:  # an empty turn: all that there is
+                    begin, end = 0, len(rows[i])
                 found[i] = one[begin:end].clone()
         return [found[i] for i in range(len(rows))]
 

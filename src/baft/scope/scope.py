@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from baft.errors import InputError
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from baft.hosts.turns import Row
@@ -17,6 +18,9 @@ from baft.scope.index import EditKeys, Judge, ScopeIndex
 from baft.scope.reading import Reader, padded
 from baft.scope.untrained import UntrainedHead, untrained_head
 from baft.types import Edit
+
+_AT_ONCE = 256  # edits whose prompts are read at once
+_CLEARANCE = 1e-3  # above what is not to pass; in other batches it scores otherwise, by rounding
 
 _untrained: WeakKeyDictionary[PreTrainedModel, UntrainedHead] = WeakKeyDictionary()
 
@@ -53,7 +57,17 @@ class Scope:
         Args:
             edits: The edits; each is found by its prompt and by its rephrasings, but not by its neighbors.
             unrelated: Prompts by which none of them is found, either.
+
+        Raises:
+            InputError: If a neighbor or an unrelated prompt is so near to an edit that it would never act.
         """
+        found: list[EditKeys] = []
+        for start in range(0, len(edits), _AT_ONCE):
+            found += self._keys(edits[start : start + _AT_ONCE])
+        spared = self.read(self._asked(unrelated)) if unrelated else None
+        return [self._without(edit, keys, unrelated, spared) for edit, keys in zip(edits, found, strict=True)]
+
+    def _keys(self, edits: Sequence[Edit]) -> list[EditKeys]:
         wordings = [(edit.prompt, *edit.rephrasings) for edit in edits]
         encode = self.reader.encoder.prompt
         features, real = padded(self.reader.words([encode(text) for texts in wordings for text in texts]))
@@ -61,27 +75,47 @@ class Scope:
         thresholds = self.head.thresholds(made)
         head = torch.tensor(self.head.fingerprint, device=thresholds.device)
         found, start = [], 0
-        for edit, texts in zip(edits, wordings, strict=True):
+        for texts in wordings:
             here = slice(start, start + len(texts))
             start += len(texts)
             kept = real[here].flatten()
-            keys = EditKeys(
-                made.vectors[:, here].flatten(1, 2)[:, kept],
-                made.weights[:, here].flatten(1)[:, kept],
-                real[here].sum(-1),
-                thresholds[here].max(),
-                head,
-            )
-            found.append(self._without((*edit.neighbors, *unrelated), keys))
+            vectors = made.vectors[:, here].flatten(1, 2)[:, kept]
+            weights = made.weights[:, here].flatten(1)[:, kept]
+            found.append(EditKeys(vectors, weights, real[here].sum(-1), thresholds[here].clone(), head))
         return found
 
-    def _without(self, neighbors: Sequence[str], keys: EditKeys) -> EditKeys:
-        """The same with a threshold that none of some prompts passes."""
-        if not neighbors:
+    def _without(
+        self,
+        edit: Edit,
+        keys: EditKeys,
+        unrelated: Sequence[str],
+        spared: tuple[Float[Tensor, "channel row word dim"], Bool[Tensor, "row word"]] | None,
+    ) -> EditKeys:
+        """The same with thresholds that no neighbor and no unrelated prompt passes, raw or as a chat."""
+        asked = [] if spared is None else [spared]
+        asked += [self.read(self._asked(edit.neighbors))] if edit.neighbors else []
+        if not asked:
             return keys
-        rows = [self.reader.encoder.prompt(text) for text in neighbors]
-        reached = ScopeIndex(self.head, [keys]).log_probability(*self.read(rows)).max()
-        return replace(keys, threshold=torch.maximum(keys.threshold, reached))
+        index = ScopeIndex(self.head, [keys])
+        reached = torch.cat([index.log_probability(*one) for one in asked])
+        strict = replace(keys, thresholds=torch.maximum(keys.thresholds, reached.amax(0) + _CLEARANCE))
+        own = self.read(self._asked([edit.prompt]))
+        if bool(((index.find(*own) >= 0) & (ScopeIndex(self.head, [strict]).find(*own) < 0)).any()):
+            of_rows = reached.amax(1).view(-1, len(self._asked([edit.prompt]))).amax(1)
+            nearest = (*unrelated, *edit.neighbors)[int(of_rows.argmax())]
+            raise InputError(
+                f"{nearest!r} shall stay as it is, and is so near to {edit.prompt!r} that the edit would "
+                "never act: leave it out, or reword it"
+            )
+        return strict
+
+    def _asked(self, prompts: Sequence[str]) -> list[Row]:
+        """Each prompt raw, and in the chat template where there is one."""
+        encoder = self.reader.encoder
+        ways = [encoder.prompt]
+        if encoder.has_chat:
+            ways.append(lambda prompt: encoder.chat([{"role": "user", "content": prompt}]))
+        return [way(prompt) for prompt in prompts for way in ways]
 
 
 def scope_of(host: Host, encoder: Encoder) -> Scope:
