@@ -12,6 +12,7 @@ from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from baft.hosts.turns import Row, Turns
 
+LAST = 48  # tokens of a prompt that are compared
 _ROWS = 24  # of one run of the host, of like length, so that little of it is padding
 
 
@@ -31,6 +32,8 @@ class Reader:
         """What is read of the last user turn of each row, or of a raw prompt, a few of like length at a time.
 
         All that stands before has its say in the states; special tokens and the template are not among them.
+        Of many words it is the last `LAST`: what is asked stands at the end, and the more there is to match,
+        the more matches by chance.
 
         Args:
             rows: Tokens of raw prompts and of rendered chats.
@@ -44,7 +47,7 @@ class Reader:
                 begin, end = self._turns.words(rows[i])
                 if begin >= end:  # an empty turn: all that there is
                     begin, end = 0, len(rows[i])
-                found[i] = one[begin:end].clone()
+                found[i] = one[max(begin, end - LAST) : end].clone()
         return [found[i] for i in range(len(rows))]
 
 
