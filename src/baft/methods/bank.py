@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, TypeVar, final
 
 import torch
 from jaxtyping import Int
@@ -48,6 +48,8 @@ from baft.nn.orthonormal import check_rank, random_orthonormal
 from baft.scope.index import EditKeys, ScopeIndex
 from baft.scope.scope import Scope, scope_of
 from baft.types import Edit, EditRequest, replaced
+
+T = TypeVar("T")
 
 
 @final
@@ -95,15 +97,13 @@ class Bank:
         """Which edit acts on each prompt, by its number; -1 where none does."""
         return self._index.find(*self._scope.read(prompts), only)
 
-    def meeting(self, new: Sequence[EditKeys]) -> list[tuple[int, str]]:
+    def meeting(self, new: ScopeIndex) -> list[tuple[int, str]]:
         """Which edits here meet with new ones: one of them would act on a wording of the other.
 
         Returns:
             The number of the new one and the name of the one here.
         """
-        theirs = ScopeIndex(self._scope.head, new)
-        met = self._index.acts_on(theirs) | theirs.acts_on(self._index).T
-        return [(i, self.edits[j]) for i, j in met.nonzero().tolist()]
+        return [(i, self.edits[j]) for i, j in _meeting(new, self._index)]
 
     def stack(self, found: Int[Tensor, " row"]) -> Stack | None:
         """The bases of the edits that act on some rows, by their numbers; None where none acts."""
@@ -194,9 +194,7 @@ class BankEditor(StatefulEditor, StackedEditor):
     def apart(self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None) -> Apart:
         """Makes each edit by itself, all in one batch; none is in force afterwards."""
         edits = _single(requests)
-        began = time.monotonic()
-        results, made, why = self._train(edits, requests[0].unrelated, on_step)
-        outcomes = self._outcomes(requests, results, time.monotonic() - began, why)
+        outcomes, made = self._make_apart(requests, on_step)
         bank = Bank(self._scope, [edit.id for edit in edits], made, self.sites)
 
         def under(numbers: Sequence[int]) -> EditedModel:
@@ -217,15 +215,12 @@ class BankEditor(StatefulEditor, StackedEditor):
         self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None
     ) -> tuple[EditOutcome, ...]:
         """As `apart`, and puts all of them into force together."""
-        edits = _single(requests)
-        began = time.monotonic()
-        results, made, why = self._train(edits, requests[0].unrelated, on_step)
-        _all_made(results)
-        outcomes = self._outcomes(requests, results, time.monotonic() - began, why)
+        outcomes, made = self._make_apart(requests, on_step)
+        found = tuple(_all_made(outcomes))
         with self._all_or_nothing():
             self._state, self.requests = {**self._state, **made}, (*self.requests, *requests)
             self._put()
-        return tuple(one for one in outcomes if isinstance(one, EditOutcome))
+        return found
 
     def load_state_dict(self, state: Mapping[str, Tensor], requests: Sequence[EditRequest]) -> None:
         """Puts saved edits into force in place of the present ones.
@@ -292,13 +287,14 @@ class BankEditor(StatefulEditor, StackedEditor):
 
     def conflicts(self, edits: Sequence[Edit], unrelated: Sequence[str] = ()) -> tuple[Conflict, ...]:
         """The edits, in force or earlier among the new ones, that share prompts with a new one."""
-        keys = self._scope.keys(edits, unrelated)
-        new = ScopeIndex(self._scope.head, keys)
-        met = new.acts_on(new)
-        pairs = [(edits[j], edits[i]) for i, j in (met | met.T).nonzero().tolist() if i < j]
-        if self._bank is not None:
-            by_id = {edit.id: edit for request in self.requests for edit in request.edits}
-            pairs += [(edits[i], by_id[old]) for i, old in self._bank.meeting(keys)]
+        head, keys = self._scope.head, self._scope.keys(edits, unrelated)
+        new, pairs = ScopeIndex(head, keys), list[tuple[Edit, Edit]]()
+        by_id = {edit.id: edit for request in self.requests for edit in request.edits}
+        for start in range(0, len(keys), _MET_AT_ONCE):
+            piece = ScopeIndex(head, keys[start : start + _MET_AT_ONCE])
+            pairs += [(edits[start + i], edits[j]) for i, j in _meeting(piece, new) if j < start + i]
+            if self._bank is not None:
+                pairs += [(edits[start + i], by_id[old]) for i, old in self._bank.meeting(piece)]
         return tuple(Conflict(*pair) for pair in pairs if pair[0].target.strip() != pair[1].target.strip())
 
     @property
@@ -326,18 +322,17 @@ class BankEditor(StatefulEditor, StackedEditor):
             for place in window.edited[0].nonzero().flatten().tolist()
         )
 
-    def _outcomes(
-        self,
-        requests: Sequence[EditRequest],
-        results: Sequence[TrainingResult | EditError],
-        seconds_s: float,
-        why: str | None,
-    ) -> tuple[EditOutcome | EditError, ...]:
-        share = seconds_s / len(requests)
+    def _make_apart(
+        self, requests: Sequence[EditRequest], on_step: OnStep | None
+    ) -> tuple[tuple[EditOutcome | EditError, ...], dict[str, Tensor]]:
+        """How the edit of each request went, and the tensors of all."""
+        began = time.monotonic()
+        results, made, why = self._train(_single(requests), requests[0].unrelated, on_step)
+        share = (time.monotonic() - began) / len(requests)
         return tuple(
             result if isinstance(result, EditError) else outcome_of(request, result, share, why)
             for request, result in zip(requests, results, strict=True)
-        )
+        ), made
 
     def _train(
         self, edits: Sequence[Edit], unrelated: Sequence[str], on_step: OnStep | None
@@ -428,6 +423,7 @@ class BankEditor(StatefulEditor, StackedEditor):
         return found
 
 
+_MET_AT_ONCE = 256  # new edits that are compared with all others
 _BASES = ("R", "A", "b")
 _KEYS = ("vectors", "weights", "lengths", "thresholds", "head")  # of `EditKeys`
 
@@ -442,6 +438,12 @@ def _in_force(requests: Sequence[EditRequest]) -> list[str]:
     return [edit.id for request in requests for edit in request.edits if edit.id not in out_of_force]
 
 
+def _meeting(one: ScopeIndex, other: ScopeIndex) -> list[tuple[int, int]]:
+    """Which edits of two indices meet: one of them would act on a wording of the other."""
+    met = other.acts_on(one) | one.acts_on(other).T
+    return [(i, j) for i, j in met.nonzero().tolist()]
+
+
 def _single(requests: Sequence[EditRequest]) -> list[Edit]:
     if any(len(request.edits) != 1 or request.unrelated != requests[0].unrelated for request in requests):
         raise ConfigError(
@@ -451,7 +453,7 @@ def _single(requests: Sequence[EditRequest]) -> list[Edit]:
     return [request.edits[0] for request in requests]
 
 
-def _all_made(results: Sequence[TrainingResult | EditError]) -> list[TrainingResult]:
+def _all_made(results: Sequence[T | EditError]) -> list[T]:
     made = []
     for result in results:
         if isinstance(result, EditError):
