@@ -249,8 +249,10 @@ class Model:
         known = {applied.edit.id: applied for applied in self.edits}
         for edit in edits:
             if edit.id in known:
-                how = "was replaced by a later edit" if known[edit.id].replaced else "is in force already"
-                raise InputError(f"{edit.prompt!r} -> {edit.target!r} {how}: undo or remove that first")
+                why = "is in force already: undo it first"
+                if known[edit.id].replaced:
+                    why = "was replaced by a later edit: undo or remove that first"
+                raise InputError(f"{edit.prompt!r} -> {edit.target!r} {why}")
         conflicts = editor.conflicts(edits, requests[0].unrelated)
         requests = settled(requests, conflicts, on_conflict)
         before = self._witness.says(edits)
@@ -323,12 +325,10 @@ class Model:
         if not ids:
             raise UndoError("no edit is named: give the id of one, as in `edits`")
         gone = tuple(one.edit for one in self.edits if one.edit.id in ids)
-        kept = [one.edit.id for one in self.edits if one.edit.id not in ids]
-        if not kept and len(gone) == len(set(ids)) and self._editor is not None:
+        if self._editor is not None and len(gone) == len(self.edits) == len(set(ids)):
             self.undo(len(self._editor.requests))
         else:
-            known = artifact.subset(self._edit_set(), [*ids, *kept])  # says which ids there are
-            self._restore(artifact.subset(known, kept))
+            self._restore(artifact.without(self._edit_set(), ids))
         return gone
 
     def merge(self, path: str | os.PathLike[str]) -> tuple[Edit, ...]:

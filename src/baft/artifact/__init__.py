@@ -7,7 +7,7 @@
 The `codec` knows these files, the `store` keeps them in their folder, and the `hub` shares them.
 """
 
-from baft.artifact.algebra import memory_of, merge, subset
+from baft.artifact.algebra import memory_of, merge, subset, without
 from baft.artifact.codec import CONFIG, EDITS, FILES, SCHEMA_VERSION, STATE, EditSet, StoredEdit
 from baft.artifact.hub import fetch_from_hub, push_to_hub
 from baft.artifact.store import SUFFIX, delete, is_artifact, read, write
@@ -29,5 +29,6 @@ __all__ = [
     "push_to_hub",
     "read",
     "subset",
+    "without",
     "write",
 ]

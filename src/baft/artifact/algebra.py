@@ -26,13 +26,24 @@ def subset(edits: EditSet, ids: Collection[str]) -> EditSet:
         ArtifactError: If edits of this set know each other, or none would be left.
     """
     _require_independent(edits)
-    known = [one.edit.id for one in edits.edits]
-    for wanted in ids:
-        if wanted not in known:
-            raise UnknownNameError(f"no edit has the id {wanted!r}; the ids are {', '.join(known)}")
-    if not ids:
+    known, wanted = [one.edit.id for one in edits.edits], frozenset(ids)
+    if strangers := sorted(wanted.difference(known)):
+        raise UnknownNameError(f"no edit has the id {strangers[0]!r}; the ids are {', '.join(known)}")
+    if not wanted:
         raise ArtifactError("an edit set is never empty: keep at least one edit, or delete the set")
-    return _of(edits, [(one, request) for one, request in _with_requests(edits) if one.edit.id in ids])
+    kept = [(one, request) for one, request in _with_requests(edits) if one.edit.id in wanted]
+    return _of(edits, kept, edits.requests)
+
+
+def without(edits: EditSet, ids: Collection[str]) -> EditSet:
+    """The set without some of its edits: as if these had never been made.
+
+    Raises:
+        UnknownNameError: If the set has no edit of such an id.
+        ArtifactError: If edits of this set know each other, or none would be left.
+    """
+    subset(edits, gone := frozenset(ids))  # says which ids there are
+    return subset(edits, [one.edit.id for one in edits.edits if one.edit.id not in gone])
 
 
 def merge(first: EditSet, second: EditSet) -> EditSet:
@@ -64,11 +75,19 @@ def merge(first: EditSet, second: EditSet) -> EditSet:
     moved = [(replace(one, request=one.request + offset), request) for one, request in added]
     state = {name: tensor for name, tensor in second.state.items() if name.partition(".")[0] not in known}
     both = replace(first, state={**first.state, **state})
-    return _of(both, [*_with_requests(first), *moved])
+    return _of(both, [*_with_requests(first), *moved], [*first.requests, *second.requests])
 
 
-def _of(edits: EditSet, chosen: Sequence[tuple[StoredEdit, EditRequest]]) -> EditSet:
-    """The set with these edits, their requests numbered anew."""
+def _of(
+    edits: EditSet, chosen: Sequence[tuple[StoredEdit, EditRequest]], before: Sequence[EditRequest]
+) -> EditSet:
+    """The set with these edits, their requests numbered anew.
+
+    Args:
+        edits: What has all their tensors.
+        chosen: The edits with their requests.
+        before: All requests there were, those without a chosen edit too.
+    """
     numbers = {number: i for i, number in enumerate(dict.fromkeys(one.request for one, _ in chosen))}
     requests = {numbers[one.request]: request for one, request in chosen}
     ids = {one.edit.id for one, _ in chosen}
@@ -76,7 +95,7 @@ def _of(edits: EditSet, chosen: Sequence[tuple[StoredEdit, EditRequest]]) -> Edi
     return replace(
         edits,
         edits=tuple(replace(one, request=numbers[one.request]) for one, _ in chosen),
-        memory=memory_of(_with_what_they_replace(edits.requests, kept, ids)),
+        memory=memory_of(_with_what_they_replace(before, kept, ids)),
         state={name: tensor for name, tensor in edits.state.items() if name.partition(".")[0] in ids},
     )
 
@@ -91,7 +110,14 @@ def _with_what_they_replace(
             replaces.setdefault(new, []).append(old)
 
     def held_by(new: str) -> list[str]:
-        return [one for old in replaces.get(new, []) for one in ([old] if old in ids else held_by(old))]
+        found: list[str] = []
+        left, seen = [new], {new}
+        while left:
+            for old in replaces.get(left.pop(), []):
+                if old not in seen:
+                    seen.add(old)
+                    (found if old in ids else left).append(old)
+        return found
 
     return [
         replace(

@@ -32,20 +32,20 @@ def remove(
     All others are as if these had never been. Works where edits do not know each other, as with the default
     method; `baft undo` takes back the last ones, whatever the method.
     """
-    from baft.artifact import read, subset, write
+    from baft.artifact import read, without, write
 
     saved = read(artifact)
-    wanted = [_id_of(one, saved) for one in edits]
-    kept = [one.edit.id for one in saved.edits if one.edit.id not in wanted]
-    if not kept:
+    wanted = {_id_of(one, saved) for one in edits}
+    n_left = len(saved.edits) - len(wanted)
+    if not n_left:
         raise ArtifactError(f"no edit would be left in {artifact}: `baft undo --delete` deletes it")
     place = save or artifact
     require_place(place)
-    write(place, subset(saved, kept))
+    write(place, without(saved, wanted))
     gone = [one.edit for one in saved.edits if one.edit.id in wanted]
-    data = {"saved": str(place), "removed": [one.to_dict() for one in gone], "n_left": len(kept)}
+    data = {"saved": str(place), "removed": [one.to_dict() for one in gone], "n_left": n_left}
     rows = [(one.prompt, one.target) for one in gone]
-    end = f"{count(len(kept), 'edit')} left in {place}"
+    end = f"{count(n_left, 'edit')} left in {place}"
     Terminal(as_json=as_json).result(data, table(("removed", "target"), rows), "", end)
 
 
