@@ -32,7 +32,7 @@ def settled(
         new, old = conflicts[0].new, conflicts[0].old
         raise ConflictError(
             f"{new.prompt!r} -> {new.target!r} conflicts with {old.prompt!r} -> {old.target!r} ({old.id}), "
-            "which is in force: remove that, or edit with on_conflict='replace' or 'keep'"
+            "which comes before it: leave one out, or edit with on_conflict='replace' or 'keep'"
         )
     if on_conflict != "replace":
         return list(requests)

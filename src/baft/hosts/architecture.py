@@ -6,7 +6,7 @@ holds for every decoder-only family in transformers (`model.layers`, `transforme
 """
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -116,6 +116,27 @@ def find_architecture(model: nn.Module) -> Architecture:
 def default_layers(n_layers: int) -> tuple[int, ...]:
     """The paper's layers 9, 18, 24 and 28 of 32, moved to a host of another depth."""
     return scaled_layers((9, 18, 24, 28), of=32, n_layers=n_layers)
+
+
+def edited_sites(
+    architecture: Architecture, layers: Sequence[int] | None, deepest: int | None = None
+) -> tuple[Site, ...]:
+    """Where an intervention acts: the layers that are named, or the paper's.
+
+    Args:
+        architecture: The host's.
+        layers: Decoder blocks, 0-based; None for the paper's, moved to the depth.
+        deepest: Of the paper's, keep this many of the deepest; None for all.
+
+    Raises:
+        ConfigError: If the host has no such layer.
+    """
+    if layers is None:
+        layers = default_layers(architecture.n_layers)[-deepest if deepest else 0 :]
+    sites = tuple(Site(layer) for layer in sorted(layers))
+    for site in sites:
+        architecture.block(site)
+    return sites
 
 
 def scaled_layers(layers: Iterable[int] | Iterable[float], *, of: int, n_layers: int) -> tuple[int, ...]:

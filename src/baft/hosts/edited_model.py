@@ -36,7 +36,7 @@ from baft.hosts.calls import (
 from baft.hosts.generation import generation_settings, guess_mask, refuse_unsafe_generation
 from baft.hosts.patches import Patch
 from baft.hosts.positions import PositionSpec, Window
-from baft.hosts.prompting import Prompter, generate_prompted, run_prompted
+from baft.hosts.prompting import Prompter, generate_prompted, real_tokens, run_prompted
 from baft.nn.fused import FusedIntervention
 from baft.nn.interventions import SubspaceIntervention
 
@@ -221,7 +221,7 @@ class EditedModel:
             return generate_prompted(host.generate, arguments, settings, in_force.prompter, limit)
         given = (input_ids, mask.bool(), mask.sum(-1))
         if in_force.router is not None:
-            stack = in_force.router(_rows(input_ids, mask.bool()))
+            stack = in_force.router(real_tokens(input_ids, mask.bool()))
             call = None if stack is None else self._routed(stack, *given)
             with contextlib.nullcontext() if call is None else self._hooks(call):
                 output = host.generate(**arguments)
@@ -322,7 +322,7 @@ class EditedModel:
         if route is None or route.router is not router:
             if ids is None:
                 raise InputError("edits that know their scope read the prompt's tokens: give input_ids")
-            stack = router(_rows(ids, _prompt_part(real, ids.shape[1], n_prompt_tokens)))
+            stack = router(real_tokens(ids, _prompt_part(real, ids.shape[1], n_prompt_tokens)))
         if stack is None and recording is None:
             output = run(**given)
         else:
@@ -399,11 +399,6 @@ _ROUTE = "_baft_route"
 def _note_route(cache: Any, router: Router, stack: Stack | None) -> None:
     if isinstance(cache, Cache):
         setattr(cache, _ROUTE, _Route(router, stack))
-
-
-def _rows(ids: Int[Tensor, "batch pos"], kept: Bool[Tensor, "batch pos"]) -> list[tuple[int, ...]]:
-    """The tokens of each row that are kept."""
-    return [tuple(row[keep].tolist()) for row, keep in zip(ids, kept.to(ids.device), strict=True)]
 
 
 def _prompt_part(

@@ -83,17 +83,32 @@ def keep(path: Path | None, tensors: Mapping[str, Tensor], what: str, *, most_by
     if path is None:
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.parent.name}-")
-        os.close(handle)
-        try:
-            save_file(dict(tensors), name)
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        write_whole(path, tensors)
         _evict(path, most_bytes)
     except (OSError, SafetensorError) as error:
         logger.warning("could not keep the %s in %s: %s", what, path, error)
+
+
+def write_whole(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str] | None = None) -> None:
+    """Writes tensors to a file, all or nothing: to a name beside it that begins with a dot, then renamed.
+
+    Args:
+        path: Where; folders on the way are made.
+        tensors: On the CPU.
+        about: What is said of them in the file's head.
+
+    Raises:
+        OSError: If it cannot be written.
+        SafetensorError: If it cannot be written, too.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.parent.name}-")
+    os.close(handle)
+    try:
+        save_file(dict(tensors), name, about)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def _evict(newest: Path, most_bytes: int) -> None:

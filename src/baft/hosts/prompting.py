@@ -80,7 +80,7 @@ def run_prompted(
             f"edits that are put into the prompt need the whole of it and give logits alone, got {what}: "
             "call with input_ids and attention_mask"
         )
-    rows = [tuple(row[keep].tolist()) for row, keep in zip(ids, real, strict=True)]
+    rows = real_tokens(ids, real)
     ends = [len(row) for row in rows] if n_prompt_tokens is None else n_prompt_tokens.tolist()
     insertions = _fitting(prompter([row[:end] for row, end in zip(rows, ends, strict=True)]), rows, limit)
     if not insertions:
@@ -141,7 +141,7 @@ def generate_prompted(
                 "it, or inside disabled()"
             )
     ids, mask = arguments["input_ids"], arguments["attention_mask"].bool()
-    rows = [tuple(row[keep].tolist()) for row, keep in zip(ids, mask, strict=True)]
+    rows = real_tokens(ids, mask)
     room = None if limit is None else limit - 1
     insertions = _fitting(prompter(rows), rows, room)
     width = ids.shape[1]
@@ -175,6 +175,11 @@ def generate_prompted(
         of_rows = plain.chunk(len(rows))
         replies = {i: replies.get(i, of_rows[i]) for i in range(len(rows))}
     return _rejoined(ids, [replies[i] for i in range(len(rows))], settings)
+
+
+def real_tokens(ids: Int[Tensor, "batch pos"], kept: Bool[Tensor, "batch pos"]) -> list[Row]:
+    """The tokens of each row that are kept, such as those that are no padding."""
+    return [tuple(row[keep].tolist()) for row, keep in zip(ids, kept.to(ids.device), strict=True)]
 
 
 def _rejoined(

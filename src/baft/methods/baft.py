@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from baft.errors import ConfigError, DamagedArtifactError, EditError
-from baft.hosts.architecture import Site, default_layers, find_architecture, input_device
+from baft.hosts.architecture import Site, edited_sites, find_architecture, input_device
 from baft.hosts.background import Background, background, prompt_states
 from baft.hosts.calls import Parts, Recording
 from baft.hosts.edited_model import EditedModel
@@ -27,7 +27,7 @@ from baft.hosts.passes import FullPass, Pass, why_full
 from baft.hosts.positions import PositionSpec
 from baft.hosts.suffix import SuffixPass
 from baft.methods.baft_config import DEFAULT, PAPER, BaftConfig
-from baft.methods.base import Apart, Capability, EditOutcome, GateReading, OnStep, StackedEditor
+from baft.methods.base import Apart, Capability, EditOutcome, GateReading, OnStep, StackedEditor, single_edits
 from baft.methods.bases import Bases, Frame, OwnBases, SharedBases
 from baft.methods.optimizer import Layers
 from baft.methods.texts import renderings
@@ -65,13 +65,7 @@ class BaftEditor(StackedEditor):
         super().__init__(host, config, seed=seed)
         self.trains_eos = config.train_eos
         architecture = find_architecture(host.model)
-        layers = config.layers
-        if layers is None:
-            layers = default_layers(architecture.n_layers)
-            layers = layers[-config.deepest_layers :] if config.deepest_layers else layers
-        self.sites = tuple(Site(layer) for layer in sorted(layers))
-        for site in self.sites:
-            architecture.block(site)
+        self.sites = edited_sites(architecture, config.layers, config.deepest_layers)
         check_rank(config.rank, architecture.d_model)
         self.encoder = Encoder.for_host(host, max_tokens=architecture.max_positions)
         self._edited = EditedModel(host.model, {}, PositionSpec(config.last_prompt, config.outputs))
@@ -158,12 +152,7 @@ class BaftEditor(StackedEditor):
         self, requests: Sequence[EditRequest], on_step: OnStep | None
     ) -> tuple[tuple[EditOutcome | EditError, ...], Layers]:
         began = time.monotonic()
-        if any(len(request.edits) != 1 or request.unrelated != requests[0].unrelated for request in requests):
-            raise ConfigError(
-                "edits that are each made by themselves come one to a request, and with the same unrelated "
-                "prompts: split the requests"
-            )
-        edits = [request.edits[0] for request in requests]
+        edits = single_edits(requests)
         all_texts = self._texts(edits)  # what is wrong with any of them is known before one is trained
         n_rows = len(all_texts) // len(edits)
         negatives = self._negatives(requests[0].unrelated)
@@ -201,10 +190,7 @@ class BaftEditor(StackedEditor):
         return outcomes, layers
 
     def _run(self, texts: Sequence[EncodedEdit]) -> tuple[Pass, str | None]:
-        """The cheapest pass that this host allows, and why it is the whole one, if it is."""
-        given = (self.host, self.encoder, self._edited.positions, texts, self.sites)
-        why = why_full(*given)
-        return (SuffixPass(*given) if why is None else FullPass(*given)), why
+        return quickest_pass(self.host, self.encoder, self._edited.positions, texts, self.sites)
 
     def _numbers(self, n_edits: int, n_rows: int) -> Int[Tensor, " row"]:
         """Which edit each text belongs to."""
@@ -311,6 +297,15 @@ class BaftEditor(StackedEditor):
     @cached_property
     def _background(self) -> Background:
         return background(self.host, self.encoder, self.sites)
+
+
+def quickest_pass(
+    host: Host, encoder: Encoder, positions: PositionSpec, texts: Sequence[EncodedEdit], sites: Sequence[Site]
+) -> tuple[Pass, str | None]:
+    """The cheapest pass that a host allows, and why it is the whole one, if it is."""
+    given = (host, encoder, positions, texts, sites)
+    why = why_full(*given)
+    return (SuffixPass(*given) if why is None else FullPass(*given)), why
 
 
 def alike(widths: Sequence[int], most: int) -> list[list[int]]:

@@ -18,33 +18,35 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from baft.errors import ConfigError, EditError
-from baft.hosts.architecture import (
-    Site,
-    default_layers,
-    find_architecture,
-    intervention_dtype,
-    site_device,
-)
+from baft.errors import EditError
+from baft.hosts.architecture import Site, edited_sites, find_architecture, site_device
 from baft.hosts.background import background_text
 from baft.hosts.calls import Stack
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import EncodedEdit
 from baft.hosts.models import Host
-from baft.hosts.passes import FullPass, Pass, why_full
 from baft.hosts.positions import PositionSpec
-from baft.hosts.suffix import SuffixPass
 from baft.hosts.turns import Row
-from baft.methods.baft import alike
+from baft.methods.baft import alike, quickest_pass
 from baft.methods.bank_config import DEFAULT, BankConfig
-from baft.methods.base import Apart, Capability, Conflict, EditOutcome, GateReading, OnStep, StackedEditor
+from baft.methods.base import (
+    Apart,
+    Capability,
+    Conflict,
+    EditOutcome,
+    GateReading,
+    OnStep,
+    StackedEditor,
+    single_edits,
+)
+from baft.methods.bases import identity
 from baft.methods.optimizer import Layers
 from baft.methods.stateful import Layout, State, StatefulEditor
 from baft.methods.texts import renderings
 from baft.methods.training import TrainingResult, outcome_of, train_apart
 from baft.nn.gates import OpenGate
 from baft.nn.interventions import SubspaceIntervention
-from baft.nn.orthonormal import check_rank, random_orthonormal
+from baft.nn.orthonormal import check_rank
 from baft.scope.index import EditKeys, ScopeIndex
 from baft.scope.scope import Scope, scope_of
 from baft.types import Edit, EditRequest, replaced
@@ -170,13 +172,7 @@ class BankEditor(StatefulEditor, StackedEditor):
         super().__init__(host, config, seed=seed)
         self.trains_eos = config.train_eos
         architecture = find_architecture(host.model)
-        layers = config.layers
-        if layers is None:
-            layers = default_layers(architecture.n_layers)
-            layers = layers[-config.deepest_layers :] if config.deepest_layers else layers
-        self.sites = tuple(Site(layer) for layer in sorted(layers))
-        for site in self.sites:
-            architecture.block(site)
+        self.sites = edited_sites(architecture, config.layers, config.deepest_layers)
         self._d_model = architecture.d_model
         check_rank(config.rank, self._d_model)
         self._edited.positions = PositionSpec(config.last_prompt, config.outputs)
@@ -193,7 +189,7 @@ class BankEditor(StatefulEditor, StackedEditor):
 
     def apart(self, requests: Sequence[EditRequest], *, on_step: OnStep | None = None) -> Apart:
         """Makes each edit by itself, all in one batch; none is in force afterwards."""
-        edits = _single(requests)
+        edits = single_edits(requests)
         outcomes, made = self._make_apart(requests, on_step)
         bank = Bank(self._scope, [edit.id for edit in edits], made, self.sites)
 
@@ -257,14 +253,7 @@ class BankEditor(StatefulEditor, StackedEditor):
         """Of every edit its bases at each site, and its keys."""
         found: dict[str, tuple[int | None, ...]] = {}
         for edit in (edit for request in requests for edit in request.edits):
-            shapes: tuple[tuple[int | None, ...], ...] = (
-                (None, None, None),
-                (None, None),
-                (None,),
-                (None,),
-                (),
-            )
-            found |= {f"{edit.id}.{name}": shape for name, shape in zip(_KEYS, shapes, strict=True)}
+            found |= {f"{edit.id}.{name}": (None,) * n_axes for name, n_axes in _KEYS.items()}
             for site in self.sites:
                 for part in _BASES:
                     shape = (None,) if part == "b" else (None, self._d_model)
@@ -327,7 +316,7 @@ class BankEditor(StatefulEditor, StackedEditor):
     ) -> tuple[tuple[EditOutcome | EditError, ...], dict[str, Tensor]]:
         """How the edit of each request went, and the tensors of all."""
         began = time.monotonic()
-        results, made, why = self._train(_single(requests), requests[0].unrelated, on_step)
+        results, made, why = self._train(single_edits(requests), requests[0].unrelated, on_step)
         share = (time.monotonic() - began) / len(requests)
         return tuple(
             result if isinstance(result, EditError) else outcome_of(request, result, share, why)
@@ -342,15 +331,23 @@ class BankEditor(StatefulEditor, StackedEditor):
         Returns:
             How each went, the tensors of all, and why the whole host was run in every step, if it was.
         """
-        texts = [self._texts(edit) for edit in edits]  # what is wrong with any is known before one is trained
+        # What is wrong with any of them is known before one is trained.
+        texts, keys = [self._texts(edit) for edit in edits], self.keys(edits, unrelated)
         results: list[TrainingResult | EditError] = [EditError("not trained yet")] * len(edits)
-        made: dict[str, Tensor] = {}
+        made = {
+            f"{edit.id}.{name}": tensor
+            for edit, of_edit in zip(edits, keys, strict=True)
+            for name, tensor in of_edit.items()
+        }
         left, rank, why = list(range(len(edits))), self.config.rank, None
         while left:
             widths = [self.config.last_prompt + len(texts[i][0].target_ids) for i in left]
             for some in alike(widths, self.config.edits_at_once):
                 chosen = [left[i] for i in some]
-                run, why = self._run([text for i in chosen for text in texts[i]])
+                of_chosen = [text for i in chosen for text in texts[i]]
+                run, why = quickest_pass(
+                    self.host, self.encoder, self._edited.positions, of_chosen, self.sites
+                )
                 found, layers = train_apart(
                     run,
                     self._start([edits[i] for i in chosen], rank),
@@ -371,8 +368,6 @@ class BankEditor(StatefulEditor, StackedEditor):
             rank *= 2
             most_rank = min(self.config.most_rank, self._d_model)
             left = [i for i in left if _falls_short(results[i])] if rank <= most_rank else []
-        for edit, keys in zip(edits, self.keys(edits, unrelated), strict=True):
-            made |= {f"{edit.id}.{name}": tensor for name, tensor in keys.items()}
         return results, made, why
 
     def keys(self, edits: Sequence[Edit], unrelated: Sequence[str] = ()) -> list[dict[str, Tensor]]:
@@ -382,22 +377,11 @@ class BankEditor(StatefulEditor, StackedEditor):
 
     def _start(self, edits: Sequence[Edit], rank: int) -> Layers:
         """Random bases that change nothing yet, drawn for each edit whatever else is edited."""
-        dtype, started = intervention_dtype(self.host.model), {}
-        for site in self.sites:
-            device, drawn = site_device(self.host.model, site), []
-            for edit in edits:
-                seed = int(edit.id, 16) ^ (self.seed * 0x9E3779B97F4A7C15) ^ (site.layer * 0xBF58476D1CE4E5B9)
-                generator = torch.Generator().manual_seed(seed % (1 << 63))
-                drawn.append(random_orthonormal(1, rank, self._d_model, generator=generator, dtype=dtype))
-            R = torch.cat(drawn).to(device)
-            b = torch.zeros(R.shape[:2], dtype=dtype, device=device)
-            started[site] = SubspaceIntervention(R, R.clone(), b, OpenGate(len(edits), rank))
-        return started
-
-    def _run(self, texts: Sequence[EncodedEdit]) -> tuple[Pass, str | None]:
-        given = (self.host, self.encoder, self._edited.positions, texts, self.sites)
-        why = why_full(*given)
-        return (SuffixPass(*given) if why is None else FullPass(*given)), why
+        gate, owners = OpenGate(len(edits), rank), [edit.id for edit in edits]
+        return {
+            site: identity(self.host, site, gate, owners, rank, self._d_model, self.seed)
+            for site in self.sites
+        }
 
     def _texts(self, edit: Edit) -> list[EncodedEdit]:
         """What an edit is trained on: its prompt raw, in the chat template, and behind other text."""
@@ -425,7 +409,7 @@ class BankEditor(StatefulEditor, StackedEditor):
 
 _MET_AT_ONCE = 256  # new edits that are compared with all others
 _BASES = ("R", "A", "b")
-_KEYS = ("vectors", "weights", "lengths", "thresholds", "head")  # of `EditKeys`
+_KEYS = {"vectors": 3, "weights": 2, "lengths": 1, "thresholds": 1, "head": 0}  # of `EditKeys`: axes of each
 
 
 def _name(edit: str, site: Site, part: str) -> str:
@@ -442,15 +426,6 @@ def _meeting(one: ScopeIndex, other: ScopeIndex) -> list[tuple[int, int]]:
     """Which edits of two indices meet: one of them would act on a wording of the other."""
     met = other.acts_on(one) | one.acts_on(other).T
     return [(i, j) for i, j in met.nonzero().tolist()]
-
-
-def _single(requests: Sequence[EditRequest]) -> list[Edit]:
-    if any(len(request.edits) != 1 or request.unrelated != requests[0].unrelated for request in requests):
-        raise ConfigError(
-            "edits that are each made by themselves come one to a request, and with the same unrelated "
-            "prompts: split the requests"
-        )
-    return [request.edits[0] for request in requests]
 
 
 def _all_made(results: Sequence[T | EditError]) -> list[T]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from baft import config
-from baft.errors import EditError, UndoError
+from baft.errors import ConfigError, EditError, UndoError
 from baft.hosts.architecture import Site
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.models import Host
@@ -274,6 +274,20 @@ class StackedEditor(Editor):
             ConfigError: If edits of this method do not add up.
             EditError: If one of them breaks down; nothing has changed then.
         """
+
+
+def single_edits(requests: Sequence[EditRequest]) -> list[Edit]:
+    """The one edit of each request.
+
+    Raises:
+        ConfigError: If a request holds several, or they differ in their unrelated prompts.
+    """
+    if any(len(request.edits) != 1 or request.unrelated != requests[0].unrelated for request in requests):
+        raise ConfigError(
+            "edits that are each made by themselves come one to a request, and with the same unrelated "
+            "prompts: split the requests"
+        )
+    return [request.edits[0] for request in requests]
 
 
 methods: Registry[type[Editor]] = Registry("method", base=Editor, group="baft.methods")

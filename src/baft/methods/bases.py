@@ -60,21 +60,8 @@ class Frame:
         return {site: site_device(self.host.model, site) for site in self.sites}
 
     def identity(self, site: Site, gate: Gate, owners: Sequence[str | None]) -> SubspaceIntervention:
-        """Random bases that change nothing yet: `A = R`, `b = 0`.
-
-        The bases that an edit owns are drawn from the seed, the layer and the edit, so that they do not
-        depend on what else is edited.
-        """
-        rank, dtype, device = self.config.rank, self.dtype, self.device(site)
-        drawn = []
-        for owner in owners:
-            seed = (
-                int(owner or "0", 16) ^ (self.seed * 0x9E3779B97F4A7C15) ^ (site.layer * 0xBF58476D1CE4E5B9)
-            )
-            generator = torch.Generator().manual_seed(seed % (1 << 63))
-            drawn.append(random_orthonormal(1, rank, self.d_model, generator=generator, dtype=dtype))
-        R = torch.cat(drawn).to(device)
-        return SubspaceIntervention(R, R.clone(), torch.zeros(R.shape[:2], dtype=dtype, device=device), gate)
+        """Random bases that change nothing yet; see `identity`."""
+        return identity(self.host, site, gate, owners, self.config.rank, self.d_model, self.seed)
 
     def read(self, left: dict[str, Tensor], owner: str) -> dict[Site, SubspaceIntervention]:
         """One block at every site, taken out of the tensors that are left to read.
@@ -109,6 +96,38 @@ class Frame:
             )
         # A copy: on the address of a tensor, which inside a file is any, depends how products are rounded.
         return tensor.to(self.device(site), self.dtype, copy=True).unsqueeze(0)
+
+
+def identity(
+    host: Host,
+    site: Site,
+    gate: Gate,
+    owners: Sequence[str | None],
+    rank: int,
+    d_model: int,
+    seed: int,
+) -> SubspaceIntervention:
+    """Random bases that change nothing yet: `A = R`, `b = 0`.
+
+    The bases that an edit owns are drawn from the seed, the layer and the edit, so that they do not depend on
+    what else is edited.
+
+    Args:
+        host: The host, for its precision and where the site's states live.
+        site: Where they will act.
+        gate: With as many blocks as there are owners.
+        owners: The edit that owns each block; None where all share it.
+        rank: Bases of a block.
+        d_model: Width of the host's states.
+        seed: Of the drawing.
+    """
+    dtype, device, drawn = intervention_dtype(host.model), site_device(host.model, site), []
+    for owner in owners:
+        mixed = int(owner or "0", 16) ^ (seed * 0x9E3779B97F4A7C15) ^ (site.layer * 0xBF58476D1CE4E5B9)
+        generator = torch.Generator().manual_seed(mixed % (1 << 63))
+        drawn.append(random_orthonormal(1, rank, d_model, generator=generator, dtype=dtype))
+    R = torch.cat(drawn).to(device)
+    return SubspaceIntervention(R, R.clone(), torch.zeros(R.shape[:2], dtype=dtype, device=device), gate)
 
 
 class Bases(ABC):

@@ -6,8 +6,6 @@ about: settings, seed, host, and what is known of its thresholds.
 
 import json
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,7 +17,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from baft.errors import ArtifactError, DamagedArtifactError, HostMismatchError
@@ -27,7 +24,7 @@ from baft.hosts.architecture import find_architecture, input_device
 from baft.hosts.early import n_features
 from baft.hosts.encoding import Encoder
 from baft.hosts.identity import HostIdentity, compare, identify
-from baft.hosts.kept import kept_path
+from baft.hosts.kept import kept_path, write_whole
 from baft.hosts.models import Host
 from baft.nn.scope import ScopeHead, ScopeKeys
 from baft.scope.calibration import Calibration, Ordinary, calibrate, own_thresholds, read_ordinary
@@ -189,14 +186,7 @@ def write_head(path: Path, head: Head) -> None:
     tensors[_LENGTHS] = torch.tensor(head.ordinary.lengths, dtype=torch.int32)
     about = {"format": _FORMAT, "about": json.dumps(_to_dict(head.about), sort_keys=True)}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")
-        os.close(handle)
-        try:
-            save_file(tensors, name, about)
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        write_whole(path, tensors, about)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(
             f"the scope head cannot be written to {path}: {error}; choose another file, or set BAFT_CACHE to "

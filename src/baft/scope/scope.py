@@ -99,10 +99,10 @@ class Scope:
         index = ScopeIndex(self.head, [keys])
         reached = torch.cat([index.log_probability(*one) for one in asked])
         strict = replace(keys, thresholds=torch.maximum(keys.thresholds, reached.amax(0) + _CLEARANCE))
-        own = self.read(self._asked([edit.prompt]))
+        ways = self._asked([edit.prompt])
+        own = self.read(ways)
         if bool(((index.find(*own) >= 0) & (ScopeIndex(self.head, [strict]).find(*own) < 0)).any()):
-            of_rows = reached.amax(1).view(-1, len(self._asked([edit.prompt]))).amax(1)
-            nearest = (*unrelated, *edit.neighbors)[int(of_rows.argmax())]
+            nearest = (*unrelated, *edit.neighbors)[int(reached.amax(1).argmax()) // len(ways)]
             raise InputError(
                 f"{nearest!r} shall stay as it is, and is so near to {edit.prompt!r} that the edit would "
                 "never act: leave it out, or reword it"
