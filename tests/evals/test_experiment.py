@@ -1,5 +1,7 @@
 """Experiment files, and the tasks they come to."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -139,3 +141,19 @@ def test_every_experiment_of_the_repository_can_be_run(path):
         methods.get(spec.name).configured(spec.preset, spec.settings)
     for benchmark in experiment.benchmarks:
         assert benchmark.name in benchmarks.names()
+
+
+def test_cases_that_bear_on_each_other_can_be_left_out(tmp_path):
+    lines = [("Paris is in", "Peru"), ("Paris is in", "Chad"), ("Rome is in", "Mali"), ("Oslo is in", "Cuba")]
+    rows = [json.dumps({"prompt": prompt, "target": target}) for prompt, target in lines]
+    (tmp_path / "cases.jsonl").write_text("\n".join(rows) + "\n")
+    spec = BenchmarkSpec(name="jsonl", file=str(tmp_path / "cases.jsonl"), limit=3, apart=True)
+    benchmark = spec.load(None)
+    split = benchmark.splits[0]
+    cases, left_out = spec.chosen(benchmark, split)
+    assert [case.edit.target for case in cases] == ["Peru", "Mali", "Cuba"]
+    assert left_out == {"conflicting_prompt": 1}
+    assert spec.cases(benchmark, split) == cases
+    all_of_them = dataclasses.replace(spec, apart=False)
+    found, none = all_of_them.chosen(benchmark, split)
+    assert ([case.edit.target for case in found], none) == (["Peru", "Chad", "Mali"], {})

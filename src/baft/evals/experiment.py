@@ -58,7 +58,11 @@ class BenchmarkSpec:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} of benchmark {self.name!r} must be at least 1, got {value}")
 
-    def cases(self, benchmark: Benchmark, split: str) -> tuple[tuple[EditCase, ...], dict[str, int]]:
+    def cases(self, benchmark: Benchmark, split: str) -> tuple[EditCase, ...]:
+        """The cases with the probes that are asked."""
+        return self.chosen(benchmark, split)[0]
+
+    def chosen(self, benchmark: Benchmark, split: str) -> tuple[tuple[EditCase, ...], dict[str, int]]:
         """The cases with the probes that are asked, and what was left out as bearing on others."""
         left_out: dict[str, int] = {}
         if self.apart:

@@ -61,7 +61,7 @@ class Bench:
             if name in self.benchmarks:
                 raise ConfigError(f"{name} stands twice among the benchmarks, once by default: name it once")
             self.benchmarks[name] = benchmark
-            self.cases[name], self.left_out[name] = spec.cases(benchmark, split)
+            self.cases[name], self.left_out[name] = spec.chosen(benchmark, split)
         texts = held_out_texts(data, experiment.texts)
         self.host = load_host(experiment.model, dtype=experiment.dtype) if host is None else host
         self._asker = Asker(
