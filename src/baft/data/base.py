@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from baft.errors import ConfigError
 from baft.registry import Registry, unknown_name
@@ -74,7 +74,7 @@ class Benchmark(ABC):
 
     def fingerprint(self, split: str | None = None) -> str:
         """16 hex digits of the SHA-256 of all cases of a split, as they are asked."""
-        rows = [asdict(case) for case in self._split(split).cases]
+        rows = [_as_asked(case) for case in self._split(split).cases]
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
     def _split(self, split: str | None) -> Loaded:
@@ -84,6 +84,12 @@ class Benchmark(ABC):
         if split not in self._loaded:
             self._loaded[split] = self._load(split)
         return self._loaded[split]
+
+
+def _as_asked(case: EditCase) -> dict[str, Any]:
+    """A case as plain data; texts that an edit may bring are left out where it brings none."""
+    row = asdict(case)
+    return {**row, "edit": {name: value for name, value in row["edit"].items() if value != ()}}
 
 
 benchmarks: Registry[type[Benchmark]] = Registry("benchmark", base=Benchmark, group="baft.benchmarks")
