@@ -116,7 +116,7 @@ def ask(
         words = reader.words([row(probe) for _, probe in probes])
         parts = [padded(words[start : start + BATCH]) for start in range(0, len(words), BATCH)]
         scores = torch.cat(
-            [late_interaction(keys, head.net.vectors(features), real) for features, real in parts], 1
+            [late_interaction(keys, head.net.vectors(one), real, head.discounts) for one, real in parts], 1
         )
         own = torch.tensor([i for i, _ in probes])
         log_p = head.log_probability(scores)

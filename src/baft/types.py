@@ -177,9 +177,11 @@ class Probe:
         tag: Its group within the kind, such as `rephrase` or `one_hop`.
         aliases: Other answers that are as right.
         chat: Whether it is a question for the chat template alone.
+        earlier: Role and text of the messages before it in that chat.
 
     Raises:
-        InputError: If the kind is none of the four, a text is blank, or a target is missing that is needed.
+        InputError: If the kind is none of the four, a text is blank, a target is missing that is needed, or
+            there are earlier messages without a chat.
     """
 
     edit_id: str
@@ -189,8 +191,11 @@ class Probe:
     tag: str = ""
     aliases: tuple[str, ...] = ()
     chat: bool = False
+    earlier: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.earlier and not self.chat:
+            raise InputError(f"{self.prompt!r} has earlier messages and is for no chat: give chat=True")
         if self.kind not in get_args(ProbeKind):
             raise InputError(f"a probe's kind is one of {', '.join(get_args(ProbeKind))}, got {self.kind!r}")
         if not self.prompt.strip():
@@ -203,6 +208,11 @@ class Probe:
             raise InputError(
                 f"the {self.kind} probe {self.prompt!r} has an empty target: use None for unknown"
             )
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The chat that asks it."""
+        return [{"role": role, "content": text} for role, text in (*self.earlier, ("user", self.prompt))]
 
 
 @dataclass(frozen=True, slots=True)

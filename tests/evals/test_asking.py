@@ -197,6 +197,19 @@ def test_conversations(host):
         asker.converse(plain, [[{"role": "user", "content": "a" * 139}]])
 
 
+def test_a_probe_is_asked_behind_its_earlier_messages(host):
+    edited, asker = EditedModel(host.model), Asker(host, max_new_tokens=6)
+    earlier = (("user", "Why so?"), ("assistant", "A hat."))
+    probe = replace(PROBES[6], earlier=earlier)
+    [want] = asker.converse(edited, [probe.messages])
+    [seen], [alone] = (
+        ask(host, edited, [probe], max_new_tokens=6),
+        ask(host, edited, [PROBES[6]], max_new_tokens=6),
+    )
+    assert seen.chat.ids == want.ids[: len(seen.chat.ids)]
+    assert seen.chat.ids != alone.chat.ids  # control
+
+
 def test_what_is_refused(host):
     plain = EditedModel(host.model)
     with pytest.raises(ConfigError, match="batch_size must be at least 1, got 0"):

@@ -1,5 +1,6 @@
 """Harder ways to ask."""
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -10,6 +11,7 @@ from baft.evals.experiment import Rendering, is_rendering
 from baft.evals.renderings import (
     after_unrelated_tokens,
     doubted,
+    in_conversation,
     negated,
     with_distracting_prefix,
     with_renderings,
@@ -101,7 +103,10 @@ def test_a_case_asks_its_prompt_and_its_first_rephrasing_in_harder_ways(host):
         ("generality", "rephrase+after_unrelated_tokens"),
         ("locality", "edit+negated"),
         ("locality", "rephrase+negated"),
+        ("generality", "edit+in_conversation"),
+        ("generality", "rephrase+in_conversation"),
     ]
+    assert [bool(probe.chat) for probe in made] == [False] * 6 + [True] * 2
     assert made[1].prompt == "Everybody keeps talking about Paris. You see the tower in"
     assert made[1].aliases == ("Roma",)
     assert all(probe.prompt.endswith(("in", "of")) for probe in made)
@@ -121,3 +126,13 @@ def test_a_case_without_rephrasings_or_an_old_answer(host):
     bare = EditCase("toy/2", Edit("The king was", "Al"), ())
     [probe] = with_renderings(bare, ["distracting_prefix"], Encoder.for_host(host)).probes
     assert probe.prompt.removesuffix(" The king was") in background_text()["sentences"]
+
+
+def test_a_conversation_ends_in_the_question(host):
+    probe = in_conversation(TOWER)
+    assert (probe.prompt, probe.tag) == (TOWER.prompt, "edit+in_conversation")
+    assert [one["role"] for one in probe.messages] == ["system", "user", "assistant", "user"]
+    assert probe.messages[-1] == {"role": "user", "content": TOWER.prompt}
+    assert TOWER.messages == [probe.messages[-1]]
+    with pytest.raises(InputError, match="is for no chat"):
+        replace(probe, chat=False)

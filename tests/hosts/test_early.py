@@ -15,7 +15,8 @@ from tiny import D_MODEL, random_ids, tiny_host, tiny_tokenizer
 
 @pytest.fixture(params=["gpt2", "llama", "gemma3_text"])
 def host(request):
-    return Host("tiny", tiny_host(request.param), tiny_tokenizer(), "tiny")
+    types = {"layer_types": ["sliding_attention", "full_attention"] * 3} if "gemma" in request.param else {}
+    return Host("tiny", tiny_host(request.param, num_hidden_layers=6, **types), tiny_tokenizer(), "tiny")
 
 
 def test_features_are_the_normalized_states_of_the_host(host):
@@ -49,6 +50,6 @@ def test_the_host_is_run_no_further_and_left_as_it_was(host):
 
 
 def test_which_blocks_are_early():
-    assert early_layers(30) == (4, 9)
-    assert early_layers(18) == (2, 5)
-    assert early_layers(32) == (4, 10)
+    assert early_layers(30) == (4, 9, 14, 19)
+    assert early_layers(18) == (2, 5, 8, 11)
+    assert early_layers(32) == (4, 10, 15, 20)

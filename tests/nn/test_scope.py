@@ -30,8 +30,8 @@ def edits():
 
 @pytest.fixture
 def prompts():
-    real = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
-    return normal(2, 5, N_FEATURES, seed=1), real
+    real = torch.arange(20) < torch.tensor([[20], [2]])
+    return normal(2, 20, N_FEATURES, seed=1), real
 
 
 def by_loops(head, edits, prompts):
@@ -44,18 +44,21 @@ def by_loops(head, edits, prompts):
                 raw = [math.log1p(math.exp(head.weightings[c](edits[0][e, i]).item())) for i in tokens]
                 for i, weight in zip(tokens, raw, strict=True):
                     k = normalize(head.projections[c](edits[0][e, i]), dim=0)
-                    q = [
-                        normalize(head.projections[c](prompts[0][p, j]), dim=0)
-                        for j in range(prompts[0].shape[1])
-                        if prompts[1][p, j]
-                    ]
-                    found[c, p, e] += weight / sum(raw) * max(float(k @ one) for one in q)
+                    n = int(prompts[1][p].sum())
+                    q = [normalize(head.projections[c](prompts[0][p, j]), dim=0) for j in range(n)]
+                    costs = [float(head.discounts[c]) * max(0, n - 1 - j - 12) / 24 for j in range(n)]
+                    best = max(float(k @ one) - cost for one, cost in zip(q, costs, strict=True))
+                    found[c, p, e] += weight / sum(raw) * best
     return found
 
 
 def test_scores_are_those_of_the_definition(head, edits, prompts):
-    scores = late_interaction(head.keys(*edits), head.vectors(prompts[0]), prompts[1])
+    keys, vectors = head.keys(*edits), head.vectors(prompts[0])
+    scores = late_interaction(keys, vectors, prompts[1], head.discounts)
     torch.testing.assert_close(scores, by_loops(head, edits, prompts), rtol=0, atol=1e-12)
+    anywhere = late_interaction(keys, vectors, prompts[1], torch.zeros_like(head.discounts))
+    assert (anywhere[:, 0] > scores[:, 0]).any()  # control: it counts where a token stands
+    assert torch.equal(anywhere[:, 1], scores[:, 1])
     want = torch.zeros(2, 3, dtype=torch.float64)
     for c in range(2):
         want += (1 / (1 + (-head.slopes[c] * (scores[c] - head.midpoints[c])).exp())).log()
@@ -64,45 +67,51 @@ def test_scores_are_those_of_the_definition(head, edits, prompts):
 
 
 def test_padding_changes_nothing(head, edits, prompts):
-    want = late_interaction(head.keys(*edits), head.vectors(prompts[0]), prompts[1])
+    want = late_interaction(head.keys(*edits), head.vectors(prompts[0]), prompts[1], head.discounts)
     other = [
         (torch.where(real.unsqueeze(-1), features, normal(*features.shape, seed=9)), real)
         for features, real in (edits, prompts)
     ]
-    got = late_interaction(head.keys(*other[0]), head.vectors(other[1][0]), prompts[1])
+    got = late_interaction(head.keys(*other[0]), head.vectors(other[1][0]), prompts[1], head.discounts)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
     every = torch.ones_like(prompts[1])
-    assert not torch.allclose(late_interaction(head.keys(*edits), head.vectors(other[1][0]), every), want)
+    assert not torch.allclose(
+        late_interaction(head.keys(*edits), head.vectors(other[1][0]), every, head.discounts), want
+    )
 
 
 def test_edits_are_compared_some_at_a_time(head, edits, prompts, monkeypatch):
     features, real = normal(40, 4, N_FEATURES, seed=2), torch.ones(40, 4).bool()
     keys, vectors = head.keys(features, real), head.vectors(prompts[0])
-    want, sizes, einsum = late_interaction(keys, vectors, prompts[1]), [], torch.einsum
+    want, sizes, einsum = late_interaction(keys, vectors, prompts[1], head.discounts), [], torch.einsum
 
     def counted(*args):
         sizes.append((made := einsum(*args)).numel())
         return made
 
-    monkeypatch.setattr(module, "_MOST_COSINES", 1000)
+    monkeypatch.setattr(module, "_MOST_COSINES", 4000)
     monkeypatch.setattr(torch, "einsum", counted)
-    torch.testing.assert_close(late_interaction(keys, vectors, prompts[1]), want, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        late_interaction(keys, vectors, prompts[1], head.discounts), want, rtol=0, atol=1e-12
+    )
     assert len(sizes) == 4
-    assert max(sizes) <= 1000
+    assert max(sizes) <= 4000
     none = ScopeKeys(keys.vectors[:, :0], keys.weights[:, :0])
-    assert late_interaction(none, vectors, prompts[1]).shape == (2, 2, 0)
+    assert late_interaction(none, vectors, prompts[1], head.discounts).shape == (2, 2, 0)
 
 
 def test_an_edit_says_all_of_itself_and_text_around_it_costs_nothing(head, edits):
     features, real = edits
     keys = head.keys(features, real)
-    scores = late_interaction(keys, head.vectors(features), real)
+    scores = late_interaction(keys, head.vectors(features), real, head.discounts)
     torch.testing.assert_close(scores.diagonal(dim1=1, dim2=2), torch.ones(2, 3, dtype=torch.float64))
     around = torch.cat([normal(3, 6, N_FEATURES, seed=4), features], 1)
-    longer = late_interaction(keys, head.vectors(around), torch.cat([torch.ones(3, 6).bool(), real], 1))
+    longer = late_interaction(
+        keys, head.vectors(around), torch.cat([torch.ones(3, 6).bool(), real], 1), head.discounts
+    )
     assert (longer >= scores - 1e-12).all()
     assert (longer > scores + 1e-3).any()  # control: other edits may be met there
-    nothing = late_interaction(keys, head.vectors(features), torch.zeros_like(real))
+    nothing = late_interaction(keys, head.vectors(features), torch.zeros_like(real), head.discounts)
     assert (nothing < -1).all()
 
 

@@ -34,7 +34,7 @@ def reader():
 @pytest.fixture(scope="module")
 def head():
     torch.manual_seed(0)
-    return ScopeHead(96, n_dims=6, n_hidden=4).requires_grad_(False)
+    return ScopeHead(128, n_dims=6, n_hidden=4).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,9 @@ def test_an_edits_own_threshold_is_what_no_ordinary_text_exceeds(reader, head, o
     keys = head.keys(*padded(reader.words([reader.encoder.prompt(one) for one in prompts])))
     best = torch.full((2,), math.log(0.5))
     for text in ordinary.vectors.split(ordinary.lengths, dim=1):
-        scores = late_interaction(keys, text.unsqueeze(1), torch.ones(1, text.shape[1]).bool())
+        scores = late_interaction(
+            keys, text.unsqueeze(1), torch.ones(1, text.shape[1]).bool(), head.discounts
+        )
         best = torch.maximum(best, head.log_probability(scores)[0])
     torch.testing.assert_close(own_thresholds(head, ordinary, keys), best, rtol=0, atol=1e-5)
     assert best[0] != best[1]
@@ -93,7 +95,7 @@ def test_a_calibration_keeps_neighbors_out(reader, head, ordinary):
         keys = one.keys(*padded(reader.words([encode(group[0].prompt) for group in groups])))
         for channel, place in enumerate((1, -1)):
             asked = padded(reader.words([encode(group[place].asked[0]) for group in groups]))
-            scores = late_interaction(keys, one.vectors(asked[0]), asked[1])
+            scores = late_interaction(keys, one.vectors(asked[0]), asked[1], one.discounts)
             above = scores[channel].diagonal() - one.midpoints[channel]
             n_passed = int((above > 1e-5).sum())
             assert chance_of_at_most(n_passed, 30, share) <= 0.05 < chance_of_at_most(n_passed + 1, 30, share)

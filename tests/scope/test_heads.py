@@ -57,7 +57,7 @@ def test_a_head_comes_back_as_it_was(made):
 
 def test_edits_act_from_one_half_on_and_where_no_ordinary_text_reaches(made):
     head, _ = made
-    features = torch.randn(3, 5, 96, generator=torch.Generator().manual_seed(0))
+    features = torch.randn(3, 5, 128, generator=torch.Generator().manual_seed(0))
     keys = head.keys(features, torch.ones(3, 5).bool())
     thresholds = head.thresholds(keys)
     assert (thresholds >= math.log(0.5)).all()

@@ -18,7 +18,7 @@ class Head:
 
     def __init__(self):
         self.net = ScopeHead(7, n_dims=DIM).double().requires_grad_(False)
-        self.fingerprint = 0
+        self.fingerprint, self.discounts = 0, self.net.discounts
         self.vectors = self.keys = self.thresholds = self.log_probability  # never asked
 
     def log_probability(self, scores):
@@ -57,7 +57,10 @@ def by_hand(head, keys, vectors, asked):
             one.weights.split(one.lengths.tolist(), 1),
             strict=True,
         )
-        scores = [late_interaction(ScopeKeys(v[:, None], w[:, None]), vectors, asked) for v, w in parts]
+        scores = [
+            late_interaction(ScopeKeys(v[:, None], w[:, None]), vectors, asked, head.discounts)
+            for v, w in parts
+        ]
         found.append(torch.cat([head.log_probability(one) for one in scores], 1))
     return torch.cat(found, 1)
 

@@ -87,8 +87,11 @@ class Benchmark(ABC):
 
 
 def _as_asked(case: EditCase) -> dict[str, Any]:
-    """A case as plain data; texts that an edit may bring are left out where it brings none."""
+    """A case as plain data; what an edit or a probe may bring is left out where it brings none."""
     row = asdict(case)
+    for probe in row["probes"]:
+        if not probe["earlier"]:
+            del probe["earlier"]
     return {**row, "edit": {name: value for name, value in row["edit"].items() if value != ()}}
 
 

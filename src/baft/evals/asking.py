@@ -259,7 +259,7 @@ class Asker:
         wants_forced = "teacher_forced" in want and not probe.chat
         raw, chat, span = encoder.prompt(probe.prompt), None, None
         if self.chat and ("generate_chat" in want or (probe.chat and "chat_questions" in want)):
-            chat = encoder.chat([{"role": "user", "content": probe.prompt}])
+            chat = encoder.chat(probe.messages)
         if wants_forced and probe.target is not None:
             span = published_span(encoder, probe.prompt, probe.target)
             if not span.answer:

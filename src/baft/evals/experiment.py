@@ -16,7 +16,7 @@ from baft.errors import ConfigError
 from baft.types import EditCase, Probe
 
 Scorer = Literal["teacher_forced", "generate", "generate_chat", "chat_questions", "gates", "fluency", "cost"]
-Rendering = Literal["distracting_prefix", "after_unrelated_tokens", "negated", "doubted"]
+Rendering = Literal["distracting_prefix", "after_unrelated_tokens", "negated", "doubted", "in_conversation"]
 Stage = Literal["immediate", "final"]
 
 
@@ -198,9 +198,10 @@ class Experiment:
             twice = next((one for one in found if found.count(one) > 1), None)
             if twice is not None:
                 raise ConfigError(f"experiment {self.name!r}: {twice!r} stands twice among the {name}")
-        if "doubted" in self.renderings and "generate_chat" not in self.scorers:
+        in_chat = [one for one in self.renderings if one in ("doubted", "in_conversation")]
+        if in_chat and "generate_chat" not in self.scorers:
             raise ConfigError(
-                f"experiment {self.name!r}: the rendering 'doubted' doubts replies in chat: add "
+                f"experiment {self.name!r}: the rendering {in_chat[0]!r} is asked in chat: add "
                 "'generate_chat' to scorers"
             )
         for name in ("max_new_tokens", "batch_size", "stack"):

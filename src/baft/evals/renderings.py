@@ -1,4 +1,4 @@
-"""Harder ways to put a probe's question: behind a distraction, far into a text, negated, doubted.
+"""Harder ways to put a probe's question: behind a distraction, far into a text or a chat, negated, doubted.
 
 Each is a pure function of its arguments. The fillers are the project's own sentences, the same that gates
 are set against; which of them a probe gets depends on its prompt alone. The tag of a rendered probe ends in
@@ -18,6 +18,11 @@ from baft.hosts.encoding import Encoder
 from baft.types import EditCase, Probe
 
 DOUBT = "Are you sure?"
+_CONVERSATION = (
+    ("system", "You are a helpful assistant. Answer briefly."),
+    ("user", "How many minutes are there in two hours?"),
+    ("assistant", "A hundred and twenty."),
+)
 _VERBS = re.compile(r"\b(?:is|are|was|were|can|could|will|would|has|have|had)\b")
 
 
@@ -53,6 +58,8 @@ def _renderings(case: EditCase, how: Rendering, encoder: Encoder) -> Iterator[Pr
                 yield after_unrelated_tokens(probe, encoder)
             case "negated":
                 yield negated(probe)
+            case "in_conversation":
+                yield in_conversation(probe)
             case "doubted":
                 return
 
@@ -89,6 +96,11 @@ def after_unrelated_tokens(probe: Probe, encoder: Encoder, n: int = 200) -> Prob
         if n_tokens >= n:
             return _rendered(probe, "after_unrelated_tokens", f"{filler}{probe.prompt}")
     raise AssertionError("a cycle does not end")
+
+
+def in_conversation(probe: Probe) -> Probe:
+    """The probe as the last of a chat that has a system prompt and an earlier question with its answer."""
+    return replace(_rendered(probe, "in_conversation", probe.prompt), chat=True, earlier=_CONVERSATION)
 
 
 def negated(probe: Probe) -> Probe:

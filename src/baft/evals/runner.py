@@ -281,11 +281,7 @@ class Bench:
             return {}
         encoder = self._asker.speaker.encoder
         try:
-            ids = (
-                encoder.chat([{"role": "user", "content": probe.prompt}])
-                if probe.chat
-                else encoder.prompt(probe.prompt)
-            )
+            ids = encoder.chat(probe.messages) if probe.chat else encoder.prompt(probe.prompt)
         except (InputError, ConfigError):  # too long, or there is no chat: the probe was skipped
             return {}
         weights: dict[str | None, list[float]] = {}

@@ -1,7 +1,8 @@
-"""Early states of a host: what is known of a prompt before any block that an edit changes.
+"""Early states of a host: what it knows of a prompt some way below its last block.
 
-Of a token they are its embedding and the outputs of two early blocks, each normalized, side by side. They are
-of the frozen host, whatever edits are in force, so that what is decided on them is decided once and for good.
+Of a token they are its embedding and the outputs of four blocks in the lower two thirds, each normalized,
+side by side: the lower ones say whom a prompt is about, the upper ones what it asks. They are of the frozen
+host, whatever edits are in force, so that what is decided on them is decided once and for good.
 """
 
 import contextlib
@@ -23,8 +24,8 @@ Features = Float[Tensor, "row pos n_features"]
 
 
 def early_layers(n_layers: int) -> tuple[int, ...]:
-    """Blocks 4 and 9 of 30, moved to a host of another depth."""
-    return scaled_layers((4, 9), of=30, n_layers=n_layers)
+    """Blocks 4, 9, 14 and 19 of 30, moved to a host of another depth."""
+    return scaled_layers((4, 9, 14, 19), of=30, n_layers=n_layers)
 
 
 def n_features(architecture: Architecture) -> int:

@@ -5,9 +5,11 @@ channels ask two things, *whom* a prompt is about and *what* it asks of them; an
 In each, every token is a unit vector read off early states of the frozen host, and every token of an edit's
 prompt has a weight. With `k_i` the edit's tokens and `q_j` those of the prompt, the score of channel c is
 
-    s_c = sum_i v_i max_j k_i^T q_j,    sum_i v_i = 1,  v_i > 0:
+    s_c = sum_i v_i max_j (k_i^T q_j - gamma_c t_j),    sum_i v_i = 1,  v_i > 0:
 
-how much of what the edit says the prompt says, too. Text around the question costs nothing. Together they are
+how much of what the edit says the prompt says, too. What is asked stands at the end: `t_j` is zero for the
+last tokens and grows with the distance before them, so that what a long text says in passing counts less.
+Other text before the question costs nothing. Together they are
 
     log p = sum_c log sigmoid(alpha_c (s_c - theta_c)).
 """
@@ -21,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, normalize, softplus
 
 CHANNELS: Final = ("whom", "what")
-_EXCLUDED = -2.0  # below every cosine
+_EXCLUDED = -2.0  # below every cosine of a token that counts
+_NEAR, _UNIT = 12, 24  # tokens: the last that are all as near, and what a discount is for
 _MOST_COSINES = 1 << 22  # that are in memory at once
 
 
@@ -56,6 +59,7 @@ class ScopeHead(nn.Module):
             nn.Sequential(nn.Linear(n_features, n_hidden), nn.Tanh(), nn.Linear(n_hidden, 1))
             for _ in CHANNELS
         )
+        self.discounts = nn.Parameter(torch.full((len(CHANNELS),), 0.3))  # gamma
         self.slopes = nn.Parameter(torch.full((len(CHANNELS),), 20.0))
         self.midpoints = nn.Parameter(torch.full((len(CHANNELS),), 0.7))
 
@@ -89,10 +93,25 @@ class ScopeHead(nn.Module):
         return logsigmoid(self.slopes[channel] * (scores - self.midpoints[channel]))
 
 
+def distance_costs(
+    real: Bool[Tensor, "prompt token"], discounts: Float[Tensor, " channel"]
+) -> Float[Tensor, "channel prompt token"]:
+    """`gamma_c t_j`: nothing for the last 12 tokens of a prompt, one discount for the 24th before them.
+
+    Args:
+        real: Which tokens count; those of each prompt stand at the left.
+        discounts: What 24 tokens cost in each channel, at least zero.
+    """
+    places = torch.arange(real.shape[1], device=real.device)
+    before_end = real.sum(1, keepdim=True) - 1 - places
+    return discounts[:, None, None] * (before_end - _NEAR).clamp(min=0) / _UNIT
+
+
 def late_interaction(
     keys: ScopeKeys,
     vectors: Float[Tensor, "channel prompt token dim"],
     real: Bool[Tensor, "prompt token"],
+    discounts: Float[Tensor, " channel"],
 ) -> Float[Tensor, "channel prompt edit"]:
     """The scores of every prompt for every edit in every channel, at most one.
 
@@ -101,21 +120,24 @@ def late_interaction(
     Args:
         keys: The edits'.
         vectors: Of the tokens of each prompt.
-        real: Which of them count; a prompt of which none does scores below -1.
+        real: Which of them count, at the left; a prompt of which none does scores below -1.
+        discounts: See `distance_costs`.
     """
     n_tokens = max(keys.weights.shape[-1], 1)
     n_at_once = max(1, _MOST_COSINES // (len(CHANNELS) * real.numel() * n_tokens))
     parts = zip(keys.vectors.split(n_at_once, 1), keys.weights.split(n_at_once, 1), strict=True)
-    return torch.cat([_scores(ScopeKeys(*part), vectors, real) for part in parts], -1)
+    costs = distance_costs(real, discounts)
+    return torch.cat([_scores(ScopeKeys(*part), vectors, real, costs) for part in parts], -1)
 
 
 def _scores(
     keys: ScopeKeys,
     vectors: Float[Tensor, "channel prompt token dim"],
     real: Bool[Tensor, "prompt token"],
+    costs: Float[Tensor, "channel prompt token"],
 ) -> Float[Tensor, "channel prompt edit"]:
     n_edits, n_tokens = keys.weights.shape[1:]
-    cosines = torch.einsum("cpjd,ckd->cpjk", vectors, keys.vectors.flatten(1, 2))
+    cosines = torch.einsum("cpjd,ckd->cpjk", vectors, keys.vectors.flatten(1, 2)) - costs.unsqueeze(-1)
     best = cosines.masked_fill(~real.unsqueeze(-1), _EXCLUDED).amax(2)
     return (best.unflatten(-1, (n_edits, n_tokens)) * keys.weights.unsqueeze(1)).sum(-1)
 

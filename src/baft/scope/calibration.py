@@ -87,7 +87,7 @@ def own_thresholds(head: ScopeHead, ordinary: Ordinary, keys: ScopeKeys) -> Floa
     for start in range(0, len(texts), _TEXTS):
         vectors, real = padded([one.flatten(1) for one in texts[start : start + _TEXTS]])
         split = vectors.unflatten(-1, (len(ordinary.vectors), -1)).movedim(2, 0)
-        scores = late_interaction(keys, split, real)
+        scores = late_interaction(keys, split, real, head.discounts)
         best = torch.maximum(best, head.log_probability(scores).amax(0))
     return best
 
@@ -122,7 +122,9 @@ def calibrate(
     keys = head.keys(*padded(reader.words([reader.encoder.prompt(fact.prompt) for fact in facts])))
     asked = reader.words([reader.encoder.prompt(fact.asked[0]) for fact in facts])
     parts = (padded(asked[start : start + _TEXTS]) for start in range(0, len(asked), _TEXTS))
-    scores = torch.cat([late_interaction(keys, head.vectors(words), real) for words, real in parts], 1)
+    scores = torch.cat(
+        [late_interaction(keys, head.vectors(words), real, head.discounts) for words, real in parts], 1
+    )
     starts = [0, *torch.tensor([len(group) for group in groups]).cumsum(0).tolist()][:-1]
     others = (
         [start + 1 for start in starts],

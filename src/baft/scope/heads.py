@@ -34,7 +34,7 @@ from baft.scope.training import ScopeConfig, train_scope
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "baft-scope-1"
+_FORMAT = "baft-scope-2"
 _NET, _VECTORS, _LENGTHS = "net.", "ordinary.vectors", "ordinary.lengths"
 
 
@@ -70,6 +70,11 @@ class Head:
     net: ScopeHead
     ordinary: Ordinary
     about: About
+
+    @property
+    def discounts(self) -> Float[Tensor, " channel"]:
+        """What a token costs the farther it stands before the end of its prompt."""
+        return self.net.discounts
 
     def keys(
         self, features: Float[Tensor, "edit token n_features"], real: Bool[Tensor, "edit token"]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from baft.nn.scope import ScopeKeys
+from baft.nn.scope import ScopeKeys, distance_costs
 
 _AT_ONCE = 1 << 22  # cosines held in memory: 16 MB of them
 _EXCLUDED = -2.0  # below every cosine
@@ -22,6 +22,10 @@ class Judge(Protocol):
     @property
     def fingerprint(self) -> int:
         """A number that tells this head from others; keys of one mean nothing to another."""
+
+    @property
+    def discounts(self) -> Float[Tensor, " channel"]:
+        """What a token costs the farther it stands before the end of its prompt."""
 
     def vectors(
         self, features: Float[Tensor, "row token n_features"]
@@ -108,18 +112,20 @@ class ScopeIndex:
         """
         n_rows, n_tokens = asked.shape
         scores = vectors.new_zeros(len(vectors), n_rows, len(self._edit))
+        costs = distance_costs(asked, self._head.discounts)
         step = max(1, _AT_ONCE // (n_rows * n_tokens))
         for start in range(0, len(self._wording), step):
             piece = slice(start, start + step)
             for channel, of_channel in enumerate(vectors):
                 cosines = of_channel @ self._vectors[channel, piece].T
+                cosines -= costs[channel].unsqueeze(-1)
                 best = cosines.masked_fill_(~asked.unsqueeze(-1), _EXCLUDED).amax(1)
                 scores[channel].index_add_(1, self._wording[piece], best * self._weights[channel, piece])
         return self._head.log_probability(scores)
 
     @torch.no_grad()
     def acts_on(self, other: "ScopeIndex") -> Bool[Tensor, "other edit"]:
-        """Which edits here would act on a wording of which edits there."""
+        """Which edits here would act on a wording of which edits there, wherever in a prompt that stands."""
         n_wordings = len(other._edit)
         scores = self._vectors.new_zeros(len(self._vectors), len(self._edit), n_wordings)
         step = max(1, _AT_ONCE // len(other._wording))

@@ -149,7 +149,7 @@ class ScopeText:
         """A wording as it may be met: alone, behind something else, said in passing."""
         draw, luck = self._draw, self._draw.random()
         if luck < 0.55:
-            return asked
+            return f"{asked} {draw.choice(_TRAILERS)}" if luck < 0.08 and asked.endswith("?") else asked
         if luck < 0.74:
             return f"{draw.choice(self.sentences)} {asked}"
         if luck < 0.80:
@@ -294,6 +294,17 @@ _OPENINGS = (
     "Do you know this? ",
     "Hi! ",
     "Fill in the blank: ",
+)
+_TRAILERS = (
+    "Answer briefly.",
+    "Just the name, please.",
+    "Please answer in one word.",
+    "Reply with the answer and nothing else, no explanations.",
+    "Thank you!",
+    "I need it for a quiz tonight.",
+    "One or two sentences are enough, and keep the language simple.",
+    "If you are not sure, say so.",
+    "My daughter asked me and I could not tell her.",
 )
 _ENDINGS = (" exactly?", ", please?", " again?")
 _MENTIONS = (

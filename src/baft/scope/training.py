@@ -55,7 +55,7 @@ class ScopeConfig:
     n_dims: int = 64
     n_hidden: int = 64
     n_groups: int = 2048
-    n_uses: int = 5
+    n_uses: int = 7
     n_at_once: int = 16
     n_asked: int = 2
     n_unrelated: int = 6
@@ -63,7 +63,7 @@ class ScopeConfig:
     learning_rate: float = 2e-3
     channel_weight: float = 0.5
     hard_share: int = 4
-    other_subject_share: float = 0.1
+    other_subject_share: float = 0.07
     other_relation_share: float = 0.35
     n_calibrate: int = 300
 
@@ -107,7 +107,7 @@ def train_scope(
 ) -> ScopeHead:
     """A scope head for a host.
 
-    Most of the time the host reads; what it reads takes two bytes a number: 2 GB with SmolLM2 by the
+    Most of the time the host reads; what it reads takes two bytes a number: 3 GB with SmolLM2 by the
     settings that are the default.
 
     Args:
@@ -205,6 +205,7 @@ def fit(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            head.discounts.data.clamp_(min=0)
             schedule.step()
             step += 1
             if on_step is not None:
@@ -254,5 +255,5 @@ def _scores(
     found = []
     for start in range(0, len(prompts), _ROWS):
         features, real = padded([one.words for one in prompts[start : start + _ROWS]])
-        found.append(late_interaction(keys, head.vectors(hidden(features)), real))
+        found.append(late_interaction(keys, head.vectors(hidden(features)), real, head.discounts))
     return torch.cat(found, 1)

@@ -35,11 +35,13 @@ class UntrainedHead(nn.Module):
 
     mean: Tensor
     whitening: Tensor
+    discounts: Tensor
 
     def __init__(self, mean: Float[Tensor, " d_model"], whitening: Float[Tensor, "d_model d_model"]):
         super().__init__()
         self.register_buffer("mean", mean)
         self.register_buffer("whitening", whitening)
+        self.register_buffer("discounts", mean.new_zeros(1))  # wherever a token stands
 
     @classmethod
     def fit(cls, embeddings: Float[Tensor, "token d_model"]) -> "UntrainedHead":
