@@ -268,6 +268,20 @@ def test_a_file_of_edits_is_made_at_once(tmp_path: Path, host: Path, three: Path
     assert [one.request for one in artifact.read(path).edits] == [0, 0, 0]
 
 
+def test_conflicts_are_settled_as_asked(tmp_path: Path, host: Path) -> None:
+    path, bank = (
+        tmp_path / "bank.baft",
+        ("--method", "baft-bank", "--set", "max_steps=2", "--set", "n_others=1"),
+    )
+    run("edit", "-m", host, *prompted(ROME), *bank, "-o", path)
+    other = prompted({**ROME, "target": "Oslo"})
+    assert "conflicts with" in failed("edit", *other, "-o", path, "--on-conflict", "refuse")
+    assert stored(path) == ["Rome"]
+    found = json.loads(run("edit", *other, "-o", path, "--on-conflict", "replace", "--json").stdout)
+    assert [one["replaced"] for one in found["reports"][0]["conflicts"]] == [True]
+    assert "keep" in misused("edit", *other, "-o", path, "--on-conflict", "ask")
+
+
 def test_edits_in_force_are_skipped_in_a_file(rome: Path, three: Path) -> None:
     before = content(rome)
     done = run("edit", "--from", lines(three, ROME), "--save", rome)

@@ -42,8 +42,8 @@ from baft.methods.base import (
     methods,
 )
 from baft.report import AppliedEdit, EditReport, TokenGates
-from baft.settling import OnConflict, conflict_rows, settled
-from baft.types import DEFAULT_METHOD, Edit, EditRequest, as_edits, replaced
+from baft.settling import conflict_rows, settled
+from baft.types import DEFAULT_METHOD, Edit, EditRequest, OnConflict, as_edits, replaced
 from baft.witness import Witness
 
 logger = logging.getLogger(__name__)

@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import get_args
 
 from baft.errors import ConfigError, ConflictError
 from baft.methods.base import Conflict
 from baft.report import ConflictRow
-from baft.types import EditRequest
-
-OnConflict = Literal["keep", "replace", "refuse"]
+from baft.types import EditRequest, OnConflict
 
 
 def settled(

@@ -161,6 +161,7 @@ def as_edits(
     return edits
 
 
+OnConflict = Literal["keep", "replace", "refuse"]  # of edits that a prompt could both be about
 ProbeKind = Literal["reliability", "generality", "locality", "portability"]
 
 

@@ -20,6 +20,7 @@ from baft.cli.options import (
     DEFAULT_HOST,
     Artifact,
     Batch,
+    Conflict,
     Device,
     Dtype,
     From,
@@ -113,6 +114,7 @@ def edit(
     preset: Preset = None,
     settings: Settings = None,
     unrelated: Unrelated = None,
+    on_conflict: Conflict = "keep",
     seed: Seed = None,
     save: Save = None,
     dtype: Dtype = None,
@@ -138,7 +140,7 @@ def edit(
             terminal.note(f"skipped {count(n_asked - len(wanted), 'edit')} in force already")
     requests = [tuple(wanted)] if batch else [(one,) for one in wanted]
     loaded = load(terminal, base or host or DEFAULT_HOST, host if base else None, dtype, device, accept_terms)
-    reports = make_edits(terminal, loaded, requests, recipe, tuple(unrelated or ()), save)
+    reports = make_edits(terminal, loaded, requests, recipe, tuple(unrelated or ()), save, on_conflict)
     data = {"saved": str(save) if save else None, "reports": [report.to_dict() for report in reports]}
     kept = f"saved in {save}" if save else "nothing was kept: --save NAME.baft keeps the edits"
     terminal.result(data, *(report_view(reports) if reports else ()), kept)

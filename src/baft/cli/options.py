@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from baft.errors import ArtifactError, ConfigError, InputError
-from baft.types import DEFAULT_METHOD, Edit
+from baft.types import DEFAULT_METHOD, Edit, OnConflict
 
 DEFAULT_HOST = "smollm2"
 
@@ -63,6 +63,13 @@ Settings = Annotated[
 Unrelated = Annotated[
     list[str] | None,
     typer.Option("--unrelated", metavar="TEXT", help="A prompt that shall stay as it is; may be repeated."),
+]
+Conflict = Annotated[
+    OnConflict,
+    typer.Option(
+        "--on-conflict",
+        help="What to do where a prompt could be about the new edit and about one in force.",
+    ),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the randomness. [default: 0]")]
 Save = Annotated[

@@ -10,7 +10,7 @@ from baft.cli.options import Recipe, read_edits, require_place
 from baft.cli.tables import count
 from baft.cli.terminal import Terminal, print_error
 from baft.errors import ConfigError
-from baft.types import Edit
+from baft.types import Edit, OnConflict
 
 if TYPE_CHECKING:
     from baft.model import Model
@@ -91,6 +91,7 @@ def make_edits(
     recipe: Recipe,
     unrelated: Sequence[str],
     save: Path | None,
+    on_conflict: OnConflict,
 ) -> list["EditReport"]:
     """Makes one request after the other and saves them; those that were done when one fails are saved too."""
     reports: list[EditReport] = []
@@ -104,6 +105,7 @@ def make_edits(
                     preset=recipe.preset,
                     unrelated=unrelated,
                     seed=recipe.seed,
+                    on_conflict=on_conflict,
                     on_step=bar.step,
                     **recipe.settings,
                 )
