@@ -64,7 +64,7 @@ class ScopeConfig:
     channel_weight: float = 0.5
     hard_share: int = 4
     other_subject_share: float = 0.07
-    other_relation_share: float = 0.35
+    other_relation_share: float = 0.3
     n_calibrate: int = 300
 
     def __post_init__(self) -> None:
