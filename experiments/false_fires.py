@@ -36,8 +36,13 @@ def texts_of(encoder: Encoder, file: Path, n_tokens: int) -> list[Row]:
     found = []
     for line in file.read_text("utf-8").splitlines():
         row = encoder.prompt(line.strip()) if line.strip() else ()
-        found += [row[start : start + n_tokens] for start in range(0, len(row), n_tokens)]
-    return [row for row in found if len(row) == n_tokens]
+        inner = encoder.inner(line.strip())
+        first = row[: len(row) - len(inner)]  # what the tokenizer puts before a text
+        found += [(*first, *inner[start : start + n_tokens]) for start in range(0, len(inner), n_tokens)]
+    rows = [row for row in found if len(row) >= n_tokens]
+    if not rows:
+        raise SystemExit(f"{file} has no paragraph of {n_tokens} tokens: give another, or fewer --tokens")
+    return rows
 
 
 @torch.no_grad()

@@ -172,6 +172,19 @@ def test_what_does_not_fit_is_skipped_and_says_so(host):
     assert ask(host, plain, [wordy], frozenset({"teacher_forced"}))[0].skipped.startswith("it takes 163 ")
 
 
+def test_a_conversation_that_a_template_refuses_is_skipped(host_of):
+    host = host_of("llama", chat=True)
+    host.tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+        + host.tokenizer.chat_template
+    )
+    probe = replace(PROBES[6], earlier=(("system", "Be kind."),))
+    [seen] = ask(host, EditedModel(host.model), [probe])
+    assert "no system here" in seen.skipped
+    [seen] = ask(host, EditedModel(host.model), [PROBES[6]])
+    assert seen.skipped is None  # control
+
+
 def test_a_target_that_adds_no_token_is_skipped(host, monkeypatch):
     # No tokenizer at hand does that.
     monkeypatch.setattr("baft.evals.teacher_forced._default_ids", lambda *_: (1, 2))

@@ -317,6 +317,19 @@ def test_what_was_replaced_comes_back_with_a_saved_set_too(host, alone, tmp_path
     assert torch.equal(logits(again), alone[0][0])
 
 
+def test_what_both_sets_have_is_as_the_first_has_it(host, tmp_path):
+    other = dataclasses.replace(TOWER, target="Be")
+    first, second = in_force(host, TOWER, other), in_force(host, TOWER, KING)
+    second.edit(other, on_conflict="replace", **OPTIONS)
+    assert [one.replaced for one in second.edits] == [True, False, False]  # control
+    first.merge(second.save(tmp_path / "b.baft"))
+    assert [(one.edit.target, one.replaced) for one in first.edits] == [
+        ("Ro", False),
+        ("Be", False),
+        ("Al", False),
+    ]
+
+
 def test_scopes_that_another_head_read_are_read_anew(host, alone, tmp_path, monkeypatch):
     kept = dataclasses.replace(TOWER, rephrasings=("zqx",))
     model = in_force(host, kept, KING)
@@ -333,6 +346,19 @@ def test_scopes_that_another_head_read_are_read_anew(host, alone, tmp_path, monk
     assert changed == {"vectors", "weights", "head"}
     assert "thresholds" in {name.partition(".")[2] for name in state}
     assert again.save(tmp_path / "b.baft").is_dir()
+
+
+def test_a_saved_edit_that_another_head_takes_for_a_neighbor_still_loads(host, tmp_path, monkeypatch, caplog):
+    model = in_force(host, dataclasses.replace(TOWER, neighbors=("Nothing",)), KING)
+    path = model.save(tmp_path / "a.baft")
+    monkeypatch.setattr("baft.scope.untrained._RECIPE", 2)
+    monkeypatch.setattr(UntrainedHead, "log_probability", lambda _, scores: 0 * scores[0] - 0.1)
+    again = baft.load(path, host=(host.model, host.tokenizer))
+    assert [one.edit.prompt for one in again.edits] == [TOWER.prompt, KING.prompt]
+    assert "read by words alone" in caplog.text
+    assert "that the edit acts on both" in caplog.text
+    with pytest.raises(InputError, match="so near to .* that the edit would never act"):
+        again.edit(dataclasses.replace(HATS, neighbors=("Nothing",)), **OPTIONS)
 
 
 def test_without_a_head_the_report_says_so(model):

@@ -100,7 +100,7 @@ def test_edits_are_compared_some_at_a_time(head, edits, prompts, monkeypatch):
     assert late_interaction(none, vectors, prompts[1], head.discounts).shape == (2, 2, 0)
 
 
-def test_an_edit_says_all_of_itself_and_text_around_it_costs_nothing(head, edits):
+def test_an_edit_says_all_of_itself_and_text_before_it_costs_nothing(head, edits):
     features, real = edits
     keys = head.keys(features, real)
     scores = late_interaction(keys, head.vectors(features), real, head.discounts)
@@ -113,6 +113,18 @@ def test_an_edit_says_all_of_itself_and_text_around_it_costs_nothing(head, edits
     assert (longer > scores + 1e-3).any()  # control: other edits may be met there
     nothing = late_interaction(keys, head.vectors(features), torch.zeros_like(real), head.discounts)
     assert (nothing < -1).all()
+
+
+def test_text_behind_an_edit_costs(head):
+    long, real = normal(1, 40, N_FEATURES), torch.ones(1, 40).bool()
+    few, behind = long[:, :13], torch.cat([long[:, :13], long[:, 13:20]], 1)
+    own = [
+        late_interaction(head.keys(one, real[:, :n]), head.vectors(text), real[:, :m], head.discounts)
+        for one, n, text, m in ((few, 13, few, 13), (few, 13, behind, 20), (long, 40, long, 40))
+    ]
+    torch.testing.assert_close(own[0], torch.ones(2, 1, 1, dtype=torch.float64))
+    assert (own[1] < own[0]).all()
+    assert (own[2] < own[0]).all()  # the beginning of a long prompt is far from its end
 
 
 def test_weights_are_positive_and_one_in_sum(head, edits):

@@ -72,10 +72,14 @@ KEYS = [((4,), 1), ((2, 5), 2), ((1, 1, 3), 3), ((6,), 4)]
 def test_it_is_late_interaction_with_every_wording(head, at_once, monkeypatch):
     monkeypatch.setattr(module, "_AT_ONCE", at_once)
     keys = [keys_of(*one) for one in KEYS]
-    vectors, asked = prompts([3, 7, 1])
+    vectors, asked = prompts([3, 30, 1])
     got = ScopeIndex(head, keys).log_probability(vectors, asked)
     torch.testing.assert_close(got, by_hand(head, keys, vectors, asked), rtol=0, atol=1e-12)
     assert got.std() > 1e-3
+    head.discounts = torch.zeros_like(head.discounts)
+    anywhere = ScopeIndex(head, keys).log_probability(vectors, asked)
+    assert not torch.allclose(anywhere[1], got[1])  # control: it counts where a token stands
+    assert torch.equal(anywhere[::2], got[::2])
 
 
 def test_an_edit_s_score_does_not_depend_on_others(head):
@@ -136,13 +140,15 @@ def test_an_index_goes_on_from_another(head):
 @pytest.mark.parametrize("at_once", [1, 1 << 22])
 def test_who_acts_on_whom(head, at_once, monkeypatch):
     monkeypatch.setattr(module, "_AT_ONCE", at_once)
-    keys = [keys_of(*one) for one in KEYS]
+    given = [*KEYS, ((40, 3), 5)]
+    keys = [keys_of(*one) for one in given]
     met = torch.zeros(len(keys), len(keys), dtype=torch.bool)
-    index, vectors = ScopeIndex(head, keys), [one.vectors[:, None] for one in keys]
-    every = [torch.ones(one.shape[1:3], dtype=torch.bool) for one in vectors]
-    scores = [index.log_probability(one, real) for one, real in zip(vectors, every, strict=True)]
+    texts = [part[:, None] for one in keys for part in one.vectors.split(one.lengths.tolist(), 1)]
+    every = [torch.ones(one.shape[1:3], dtype=torch.bool) for one in texts]
+    index = ScopeIndex(head, keys)
+    scores = [index.log_probability(one, real) for one, real in zip(texts, every, strict=True)]
     middle = float(torch.cat(scores).median())
-    keys = [keys_of(*one, threshold=middle) for one in KEYS]
+    keys = [keys_of(*one, threshold=middle) for one in given]
     for i, one in enumerate(keys):
         for part in one.vectors.split(one.lengths.tolist(), 1):
             real = torch.ones(1, part.shape[1], dtype=torch.bool)

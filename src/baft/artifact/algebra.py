@@ -75,7 +75,12 @@ def merge(first: EditSet, second: EditSet) -> EditSet:
     moved = [(replace(one, request=one.request + offset), request) for one, request in added]
     state = {name: tensor for name, tensor in second.state.items() if name.partition(".")[0] not in known}
     both = replace(first, state={**first.state, **state})
-    return _of(both, [*_with_requests(first), *moved], [*first.requests, *second.requests])
+    # What an edit of both sets replaces is for the first to say.
+    theirs = [
+        replace(request, replaces=tuple(pair for pair in request.replaces if pair[0] not in known))
+        for request in second.requests
+    ]
+    return _of(both, [*_with_requests(first), *moved], [*first.requests, *theirs])
 
 
 def _of(

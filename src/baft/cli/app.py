@@ -137,14 +137,15 @@ def edit(
     if source and not batch:
         wanted, n_asked = [one for one in wanted if one.id not in recipe.known], len(wanted)
         if n_asked > len(wanted):
-            terminal.note(f"skipped {count(n_asked - len(wanted), 'edit')} in force already")
+            terminal.note(f"skipped {count(n_asked - len(wanted), 'edit')} made already")
     requests = [tuple(wanted)] if batch else [(one,) for one in wanted]
     loaded = load(terminal, base or host or DEFAULT_HOST, host if base else None, dtype, device, accept_terms)
     reports = make_edits(terminal, loaded, requests, recipe, tuple(unrelated or ()), save, on_conflict)
     data = {"saved": str(save) if save else None, "reports": [report.to_dict() for report in reports]}
     kept = f"saved in {save}" if save else "nothing was kept: --save NAME.baft keeps the edits"
     terminal.result(data, *(report_view(reports) if reports else ()), kept)
-    require_held([row.decoded for report in reports for row in report.rows])
+    replaced = {one.old_id for report in reports for one in report.conflicts if one.replaced}
+    require_held([row.decoded for report in reports for row in report.rows if row.edit_id not in replaced])
 
 
 @app.command()

@@ -68,7 +68,8 @@ Conflict = Annotated[
     OnConflict,
     typer.Option(
         "--on-conflict",
-        help="What to do where a prompt could be about the new edit and about one in force.",
+        help="What to do where a prompt could be about the new edit and about one in force; only methods "
+        "whose edits know their scope can tell.",
     ),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the randomness. [default: 0]")]
@@ -89,7 +90,7 @@ class Recipe:
         preset: Its preset.
         seed: Of its randomness.
         settings: Single settings in place of the preset's.
-        known: Ids of the edits that are in force already.
+        known: Ids of the edits that are made already.
     """
 
     method: str

@@ -46,7 +46,7 @@ class Observation:
         forced: The predictions over the answer. A locality probe without a known answer has the unedited
             host's own reply in its place: the first `N_COMPARED` tokens, its end included.
         raw: The reply to the prompt as it is.
-        chat: The reply to the prompt as the only user turn of a chat.
+        chat: The reply to the prompt as the last user turn of a chat.
         skipped: Why the probe was not asked at all, or None.
         doubted: The reply to "Are you sure?" after the reply in the chat.
         undoubted: Why there was a reply in the chat and it was not doubted, or None.
@@ -259,7 +259,12 @@ class Asker:
         wants_forced = "teacher_forced" in want and not probe.chat
         raw, chat, span = encoder.prompt(probe.prompt), None, None
         if self.chat and ("generate_chat" in want or (probe.chat and "chat_questions" in want)):
-            chat = encoder.chat(probe.messages)
+            try:
+                chat = encoder.chat(probe.messages)
+            except InputError as error:  # some templates take no system prompt
+                if not probe.earlier:
+                    raise
+                return _Plan(skipped=str(error))
         if wants_forced and probe.target is not None:
             span = published_span(encoder, probe.prompt, probe.target)
             if not span.answer:

@@ -19,9 +19,9 @@ from baft.types import EditCase, Probe
 
 DOUBT = "Are you sure?"
 _CONVERSATION = (
-    ("system", "You are a helpful assistant. Answer briefly."),
-    ("user", "How many minutes are there in two hours?"),
-    ("assistant", "A hundred and twenty."),
+    ("system", "This is the help desk of a library. Be kind, and do not speculate."),
+    ("user", "Can I bring back a book a day late?"),
+    ("assistant", "Yes, there is a grace period of three days."),
 )
 _VERBS = re.compile(r"\b(?:is|are|was|were|can|could|will|would|has|have|had)\b")
 

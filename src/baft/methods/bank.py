@@ -7,6 +7,7 @@ several could be meant, the likeliest acts; where none is, the host runs as if t
 construction, after the trial in METHOD.md, section 5.
 """
 
+import logging
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -50,6 +51,8 @@ from baft.nn.orthonormal import check_rank
 from baft.scope.index import EditKeys, ScopeIndex
 from baft.scope.scope import Scope, scope_of
 from baft.types import Edit, EditRequest, replaced
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -230,8 +233,11 @@ class BankEditor(StatefulEditor, StackedEditor):
                 made_by = state.get(f"{edit.id}.head")
                 if made_by is not None and made_by.ndim == 0 and int(made_by) != head:
                     strange.setdefault(request.unrelated, []).append(edit)
+        if strange:
+            how = "the scope head of now" if self._scope.is_trained else "words alone, for there is no head"
+            logger.warning("the scopes of these edits were read with another head: they are read by %s", how)
         for unrelated, edits in strange.items():
-            for edit, keys in zip(edits, self.keys(edits, unrelated), strict=True):
+            for edit, keys in zip(edits, self.keys(edits, unrelated, made=True), strict=True):
                 anew |= {f"{edit.id}.{name}": tensor for name, tensor in keys.items()}
         super().load_state_dict(anew, requests)
 
@@ -370,9 +376,11 @@ class BankEditor(StatefulEditor, StackedEditor):
             left = [i for i in left if _falls_short(results[i])] if rank <= most_rank else []
         return results, made, why
 
-    def keys(self, edits: Sequence[Edit], unrelated: Sequence[str] = ()) -> list[dict[str, Tensor]]:
-        """What each of some edits is found by, by name (`EditKeys`)."""
-        found = self._scope.keys(edits, unrelated)
+    def keys(
+        self, edits: Sequence[Edit], unrelated: Sequence[str] = (), *, made: bool = False
+    ) -> list[dict[str, Tensor]]:
+        """What each of some edits is found by, by name (`EditKeys`); `made`: see `Scope.keys`."""
+        found = self._scope.keys(edits, unrelated, made=made)
         return [{name: getattr(one, name) for name in _KEYS} for one in found]
 
     def _start(self, edits: Sequence[Edit], rank: int) -> Layers:

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from typing import Final, final
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, normalize, softplus
 
 CHANNELS: Final = ("whom", "what")
 _EXCLUDED = -2.0  # below every cosine of a token that counts
-_NEAR, _UNIT = 12, 24  # tokens: the last that are all as near, and what a discount is for
+_NEAR, _UNIT = 12, 24  # tokens: so many may come after one that counts in full; what a discount is for
 _MOST_COSINES = 1 << 22  # that are in memory at once
 
 
@@ -93,18 +93,22 @@ class ScopeHead(nn.Module):
         return logsigmoid(self.slopes[channel] * (scores - self.midpoints[channel]))
 
 
+def before_end(real: Bool[Tensor, "prompt token"]) -> Int[Tensor, "prompt token"]:
+    """How many tokens of its prompt come after each; those that count stand at the left."""
+    return real.sum(1, keepdim=True) - 1 - torch.arange(real.shape[1], device=real.device)
+
+
 def distance_costs(
-    real: Bool[Tensor, "prompt token"], discounts: Float[Tensor, " channel"]
-) -> Float[Tensor, "channel prompt token"]:
-    """`gamma_c t_j`: nothing for the last 12 tokens of a prompt, one discount for the 24th before them.
+    n_after: Int[Tensor, " *tokens"], discounts: Float[Tensor, " channel"]
+) -> Float[Tensor, " channel *tokens"]:
+    """`gamma_c t_j`: nothing for the last 13 tokens of a prompt, one discount for the 24th before these.
 
     Args:
-        real: Which tokens count; those of each prompt stand at the left.
+        n_after: How many tokens come after each.
         discounts: What 24 tokens cost in each channel, at least zero.
     """
-    places = torch.arange(real.shape[1], device=real.device)
-    before_end = real.sum(1, keepdim=True) - 1 - places
-    return discounts[:, None, None] * (before_end - _NEAR).clamp(min=0) / _UNIT
+    beyond = (n_after - _NEAR).clamp(min=0)
+    return torch.stack([one * beyond / _UNIT for one in discounts])
 
 
 def late_interaction(
@@ -126,7 +130,7 @@ def late_interaction(
     n_tokens = max(keys.weights.shape[-1], 1)
     n_at_once = max(1, _MOST_COSINES // (len(CHANNELS) * real.numel() * n_tokens))
     parts = zip(keys.vectors.split(n_at_once, 1), keys.weights.split(n_at_once, 1), strict=True)
-    costs = distance_costs(real, discounts)
+    costs = distance_costs(before_end(real), discounts)
     return torch.cat([_scores(ScopeKeys(*part), vectors, real, costs) for part in parts], -1)
 
 

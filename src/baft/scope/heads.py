@@ -73,7 +73,7 @@ class Head:
 
     @property
     def discounts(self) -> Float[Tensor, " channel"]:
-        """What a token costs the farther it stands before the end of its prompt."""
+        """What 24 tokens of distance from the end of a prompt cost."""
         return self.net.discounts
 
     def keys(
@@ -209,10 +209,12 @@ def read_head(path: Path, host: Host) -> Head:
     try:
         with safe_open(path, "pt") as file:
             said = file.metadata() or {}
-            if said.get("format") != _FORMAT:
+            if (found := str(said.get("format"))) != _FORMAT:
+                older = found.startswith(_FORMAT.rstrip("0123456789"))
+                what = "an older scope head" if older else "no scope head"
                 raise DamagedArtifactError(
-                    f"{path} is no scope head: got format {said.get('format')!r}, expected {_FORMAT!r}; "
-                    "train one with `baft scope train`"
+                    f"{path} is {what}: got format {found!r}, expected {_FORMAT!r}; train one with "
+                    "`baft scope train`"
                 )
             about = _from_dict(json.loads(said["about"]))
             require_host(about, host)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from baft.nn.scope import ScopeKeys, distance_costs
+from baft.nn.scope import ScopeKeys, before_end, distance_costs
 
 _AT_ONCE = 1 << 22  # cosines held in memory: 16 MB of them
 _EXCLUDED = -2.0  # below every cosine
@@ -25,7 +25,7 @@ class Judge(Protocol):
 
     @property
     def discounts(self) -> Float[Tensor, " channel"]:
-        """What a token costs the farther it stands before the end of its prompt."""
+        """What 24 tokens of distance from the end of a prompt cost."""
 
     def vectors(
         self, features: Float[Tensor, "row token n_features"]
@@ -112,7 +112,7 @@ class ScopeIndex:
         """
         n_rows, n_tokens = asked.shape
         scores = vectors.new_zeros(len(vectors), n_rows, len(self._edit))
-        costs = distance_costs(asked, self._head.discounts)
+        costs = distance_costs(before_end(asked), self._head.discounts)
         step = max(1, _AT_ONCE // (n_rows * n_tokens))
         for start in range(0, len(self._wording), step):
             piece = slice(start, start + step)
@@ -125,14 +125,18 @@ class ScopeIndex:
 
     @torch.no_grad()
     def acts_on(self, other: "ScopeIndex") -> Bool[Tensor, "other edit"]:
-        """Which edits here would act on a wording of which edits there, wherever in a prompt that stands."""
+        """Which edits here would act on a wording of which edits there, asked as it is."""
         n_wordings = len(other._edit)
         scores = self._vectors.new_zeros(len(self._vectors), len(self._edit), n_wordings)
         step = max(1, _AT_ONCE // len(other._wording))
+        ends = other._wording.bincount(minlength=n_wordings).cumsum(0)[other._wording]
+        n_after = ends - 1 - torch.arange(len(ends), device=ends.device)
+        costs = distance_costs(n_after, self._head.discounts)
         for start in range(0, len(self._wording), step):
             piece = slice(start, start + step)
             for channel, of_channel in enumerate(other._vectors):
                 cosines = self._vectors[channel, piece] @ of_channel.T
+                cosines -= costs[channel]
                 best = cosines.new_full((len(cosines), n_wordings), _EXCLUDED)
                 best.scatter_reduce_(1, other._wording.expand(len(cosines), -1), cosines, "amax")
                 weighed = best * self._weights[channel, piece].unsqueeze(1)

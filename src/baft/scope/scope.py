@@ -1,5 +1,6 @@
 """The scope of edits on one host: what they are found by, and what a prompt is about."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
@@ -18,6 +19,8 @@ from baft.scope.index import EditKeys, Judge, ScopeIndex
 from baft.scope.reading import Reader, padded
 from baft.scope.untrained import UntrainedHead, untrained_head
 from baft.types import Edit
+
+logger = logging.getLogger(__name__)
 
 _AT_ONCE = 256  # edits whose prompts are read at once
 _CLEARANCE = 1e-3  # above what is not to pass; in other batches it scores otherwise, by rounding
@@ -51,21 +54,28 @@ class Scope:
         return self.head.vectors(features), real
 
     @torch.no_grad()
-    def keys(self, edits: Sequence[Edit], unrelated: Sequence[str] = ()) -> list[EditKeys]:
+    def keys(
+        self, edits: Sequence[Edit], unrelated: Sequence[str] = (), *, made: bool = False
+    ) -> list[EditKeys]:
         """What edits are found by.
 
         Args:
             edits: The edits; each is found by its prompt and by its rephrasings, but not by its neighbors.
             unrelated: Prompts by which none of them is found, either.
+            made: Whether they were made before, when another head read their scope: an edit that would never
+                act for one of its neighbors then acts, and a warning says so.
 
         Raises:
-            InputError: If a neighbor or an unrelated prompt is so near to an edit that it would never act.
+            InputError: If a neighbor or an unrelated prompt is so near to a new edit that it would never act.
         """
         found: list[EditKeys] = []
         for start in range(0, len(edits), _AT_ONCE):
             found += self._keys(edits[start : start + _AT_ONCE])
         spared = self.read(self._asked(unrelated)) if unrelated else None
-        return [self._without(edit, keys, unrelated, spared) for edit, keys in zip(edits, found, strict=True)]
+        return [
+            self._without(edit, keys, unrelated, spared, made)
+            for edit, keys in zip(edits, found, strict=True)
+        ]
 
     def _keys(self, edits: Sequence[Edit]) -> list[EditKeys]:
         wordings = [(edit.prompt, *edit.rephrasings) for edit in edits]
@@ -90,6 +100,7 @@ class Scope:
         keys: EditKeys,
         unrelated: Sequence[str],
         spared: tuple[Float[Tensor, "channel row word dim"], Bool[Tensor, "row word"]] | None,
+        made: bool,
     ) -> EditKeys:
         """The same with thresholds that no neighbor and no unrelated prompt passes, raw or as a chat."""
         asked = [] if spared is None else [spared]
@@ -103,10 +114,11 @@ class Scope:
         own = self.read(ways)
         if bool(((index.find(*own) >= 0) & (ScopeIndex(self.head, [strict]).find(*own) < 0)).any()):
             nearest = (*unrelated, *edit.neighbors)[int(reached.amax(1).argmax()) // len(ways)]
-            raise InputError(
-                f"{nearest!r} shall stay as it is, and is so near to {edit.prompt!r} that the edit would "
-                "never act: leave it out, or reword it"
-            )
+            why = f"{nearest!r} shall stay as it is, and is so near to {edit.prompt!r}"
+            if not made:
+                raise InputError(f"{why} that the edit would never act: leave it out, or reword it")
+            logger.warning("%s, by the scope head of now, that the edit acts on both", why)
+            return keys
         return strict
 
     def _asked(self, prompts: Sequence[str]) -> list[Row]:

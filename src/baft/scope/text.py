@@ -146,7 +146,7 @@ class ScopeText:
         return " ".join(other)
 
     def _with_text(self, asked: str) -> str:
-        """A wording as it may be met: alone, behind something else, said in passing."""
+        """A wording as it may be met: alone, with an instruction, behind something else, said in passing."""
         draw, luck = self._draw, self._draw.random()
         if luck < 0.55:
             return f"{asked} {draw.choice(_TRAILERS)}" if luck < 0.08 and asked.endswith("?") else asked

@@ -107,8 +107,8 @@ def train_scope(
 ) -> ScopeHead:
     """A scope head for a host.
 
-    Most of the time the host reads; what it reads takes two bytes a number: 3 GB with SmolLM2 by the
-    settings that are the default.
+    What the host reads takes ten bytes a token and dimension of its states (five states, two bytes a number):
+    3 GB with SmolLM2 by the settings that are the default, on the host's device.
 
     Args:
         reader: Reads with the host, which is not changed.
