@@ -286,7 +286,7 @@ def test_edits_in_force_are_skipped_in_a_file(rome: Path, three: Path) -> None:
     before = content(rome)
     done = run("edit", "--from", lines(three, ROME), "--save", rome)
     assert done.exit_code == 0
-    assert done.stderr == "skipped 1 edit in force already\n"
+    assert done.stderr == "skipped 1 edit made already\n"
     assert content(rome) == before
     assert run("edit", "--from", three, "--save", rome, "--quiet").stderr == ""
     assert "in force already" in failed("edit", *prompted(ROME), "--save", rome)
