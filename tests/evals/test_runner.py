@@ -423,6 +423,8 @@ def test_probes_are_asked_in_harder_ways(experiment, host, host_of, tmp_path):
             ("generality", "space+after_unrelated_tokens"),
             ("locality", "edit+negated"),
             ("locality", "space+negated"),
+            ("generality", "edit+in_conversation"),
+            ("generality", "space+in_conversation"),
         ]
         assert not any("skipped" in probe for probe in row["probes"])
         own, *others = row["probes"]
