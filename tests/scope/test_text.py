@@ -3,7 +3,7 @@
 import pytest
 
 from baft.scope import text as module
-from baft.scope.text import ScopeText, relations
+from baft.scope.text import _TRAILERS, ScopeText, relations
 
 
 def test_every_wording_asks_of_one_subject():
@@ -67,3 +67,13 @@ def test_mentions_ask_nothing_and_conversations_end_in_the_question():
     roles = {tuple(message["role"] for message in chat) for chat in chats}
     turns = ("user", "assistant", "user")
     assert roles == {("user",), ("system", "user"), turns, ("system", *turns)}
+
+
+def test_some_questions_have_an_instruction_behind_them():
+    text = ScopeText("train")
+    asked = [one for _ in range(300) for fact in text.group(2) for one in fact.asked]
+    instructed = [one for one in asked if one.endswith(_TRAILERS)]
+    assert 0.01 < len(instructed) / len(asked) < 0.1
+    for one in instructed:
+        trailer = next(end for end in _TRAILERS if one.endswith(end))
+        assert one.removesuffix(trailer).endswith("? ")
