@@ -108,7 +108,7 @@ def train_scope(
     """A scope head for a host.
 
     What the host reads takes ten bytes a token and dimension of its states (five states, two bytes a number):
-    3 GB with SmolLM2 by the settings that are the default, on the host's device.
+    3 GB with SmolLM2 by the settings that are the default, in main memory.
 
     Args:
         reader: Reads with the host, which is not changed.
@@ -137,7 +137,7 @@ def read_lessons(reader: Reader, text: ScopeText, config: ScopeConfig, draw: ran
     return Lessons(
         tuple(group for part in parts for group in _read(reader, text, part, draw)),
         tuple(
-            Lesson(words.half(), None, None)
+            Lesson(words.half().cpu(), None, None)
             for words in reader.words([reader.encoder.prompt(one) for one in text.sentences])
         ),
     )
@@ -162,7 +162,7 @@ def _read(
     words = reader.words([row for _, _, row, _, _ in said])
     found: list[tuple[list[Lesson], list[Lesson]]] = [([], []) for _ in groups]
     for (i, is_edit, _, subject, relation), one in zip(said, words, strict=True):
-        found[i][0 if is_edit else 1].append(Lesson(one.half(), subject, relation))
+        found[i][0 if is_edit else 1].append(Lesson(one.half().cpu(), subject, relation))
     return (Group(tuple(edits), tuple(prompts)) for edits, prompts in found)
 
 
@@ -231,7 +231,7 @@ def _loss(
     prompts = sorted(
         [*(one for group in groups for one in group.prompts), *unrelated], key=lambda one: len(one.words)
     )
-    features, real = padded([one.words for one in edits])
+    features, real = _padded(edits, head)
     keys = head.keys(hidden(features), real)
     scores = _scores(head, keys, prompts, hidden)
     whom = _same([one.subject for one in edits], [one.subject for one in prompts]).to(scores.device)
@@ -254,6 +254,14 @@ def _scores(
     """The scores of prompts, which are sorted by their length, some at a time."""
     found = []
     for start in range(0, len(prompts), _ROWS):
-        features, real = padded([one.words for one in prompts[start : start + _ROWS]])
+        features, real = _padded(prompts[start : start + _ROWS], head)
         found.append(late_interaction(keys, head.vectors(hidden(features)), real, head.discounts))
     return torch.cat(found, 1)
+
+
+def _padded(
+    lessons: Sequence[Lesson], head: ScopeHead
+) -> tuple[Float[Tensor, "text place n_features"], Bool[Tensor, "text place"]]:
+    """Some lessons where the head is; all of them stay in main memory."""
+    features, real = padded([one.words for one in lessons])
+    return features.to(head.slopes.device), real.to(head.slopes.device)
