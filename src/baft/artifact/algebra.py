@@ -26,9 +26,7 @@ def subset(edits: EditSet, ids: Collection[str]) -> EditSet:
         ArtifactError: If edits of this set know each other, or none would be left.
     """
     _require_independent(edits)
-    known, wanted = [one.edit.id for one in edits.edits], frozenset(ids)
-    if strangers := sorted(wanted.difference(known)):
-        raise UnknownNameError(f"no edit has the id {strangers[0]!r}; the ids are {', '.join(known)}")
+    wanted = _known(edits, ids)
     if not wanted:
         raise ArtifactError("an edit set is never empty: keep at least one edit, or delete the set")
     kept = [(one, request) for one, request in _with_requests(edits) if one.edit.id in wanted]
@@ -42,7 +40,8 @@ def without(edits: EditSet, ids: Collection[str]) -> EditSet:
         UnknownNameError: If the set has no edit of such an id.
         ArtifactError: If edits of this set know each other, or none would be left.
     """
-    subset(edits, gone := frozenset(ids))  # says which ids there are
+    _require_independent(edits)
+    gone = _known(edits, ids)
     return subset(edits, [one.edit.id for one in edits.edits if one.edit.id not in gone])
 
 
@@ -81,6 +80,14 @@ def merge(first: EditSet, second: EditSet) -> EditSet:
         for request in second.requests
     ]
     return _of(both, [*_with_requests(first), *moved], [*first.requests, *theirs])
+
+
+def _known(edits: EditSet, ids: Collection[str]) -> frozenset[str]:
+    """The ids, all of which edits of the set must have."""
+    known, wanted = [one.edit.id for one in edits.edits], frozenset(ids)
+    if strangers := sorted(wanted.difference(known)):
+        raise UnknownNameError(f"no edit has the id {strangers[0]!r}; the ids are {', '.join(known)}")
+    return wanted
 
 
 def _of(
