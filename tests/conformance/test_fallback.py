@@ -11,7 +11,6 @@ from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from baft.hosts.passes import why_full
 from baft.hosts.positions import PositionSpec
-from baft.methods import baft as editor_module
 from baft.methods.baft import ReftEditor
 from baft.types import Edit, EditRequest
 from tiny import HOSTS, shared_host, tiny_host, tiny_tokenizer
@@ -78,13 +77,13 @@ def passes_made(monkeypatch):
     """How many passes of each kind an editor made."""
     made = []
     for name in ("FullPass", "SuffixPass"):
-        kind = getattr(editor_module, name)
+        kind = getattr(suffix, name)
 
-        def make(*args, kind=kind, name=name):
+        def make(*args, kind=kind, name=name, **named):
             made.append(name)
-            return kind(*args)
+            return kind(*args, **named)
 
-        monkeypatch.setattr(editor_module, name, make)
+        monkeypatch.setattr(suffix, name, make)
     return made
 
 
@@ -101,7 +100,7 @@ def test_a_host_that_cannot_be_split_is_edited_all_the_same(breaks, passes_made)
     outcome = editor.apply(TOWER)
     assert outcome.why_full is not None
     assert BREAKS[breaks] in outcome.why_full
-    assert passes_made == ["FullPass"]
+    assert passes_made == ["SuffixPass", "FullPass"]  # the first is the trial
     assert outcome.decoded == (True,)
     text = Encoder.for_host(editor.host).edit("The tower is in the city of", "Ro")
     ids = torch.tensor([text.prompt_ids + text.target_ids])
@@ -117,7 +116,7 @@ def test_a_host_that_cannot_be_split_is_edited_all_the_same(breaks, passes_made)
     passes_made.clear()
     whole = editor_of(tiny_host("llama")).apply(TOWER)  # control
     assert whole.why_full is None
-    assert passes_made == ["SuffixPass"]
+    assert passes_made == ["SuffixPass", "SuffixPass"]
     assert whole.losses == pytest.approx(outcome.losses, rel=1e-9)  # it is the same edit, made more dearly
 
 

@@ -15,11 +15,14 @@ from baft.hosts.architecture import Site, find_architecture, intervention_dtype
 from baft.hosts.encoding import EncodedEdit, Encoder
 from baft.hosts.models import Host
 from baft.hosts.passes import FullPass, Pass
+from baft.hosts.patches import DeltaPatch, down_projection, weight_shape
 from baft.hosts.positions import PositionSpec
-from baft.hosts.suffix import LEAST_SHARED, SuffixPass
+from baft.hosts.suffix import LEAST_SHARED, SuffixPass, quickest_pass, sites_below
+from baft.methods.key_value import AddAt, with_patch
 from baft.nn.losses import target_cross_entropy
 from tiny import (
     CHATML,
+    D_MODEL,
     HOSTS,
     N_LAYERS,
     SLIDING_WINDOW,
@@ -175,7 +178,7 @@ def test_some_of_the_texts(host, kept):
     check_the_same(full.select(rows), less, parts, tolerance(host))
     check_the_same(both(host, sites, given=[texts()[row] for row in kept])[0], less, parts, tolerance(host))
     longest = max(len(text.prompt_ids) - 3 for text in (texts()[row] for row in kept))
-    assert int(less._n_prefix.max()) == max(longest, 0) == less._prefix[1][0].shape[2]
+    assert int(less.n_left_out.max()) == max(longest, 0) == less._prefix[1][0].shape[2]
     again = torch.arange(len(kept) - 1, -1, -1)
     check_the_same(full.select(rows[again]), less.select(again), parts, tolerance(host))
     check_the_same(full, quick, parts, tolerance(host))  # and the whole is what it was
@@ -277,6 +280,73 @@ def test_a_host_whose_weights_ask_for_gradients(dtype):
     assert all(off(a, b) < tolerance(host) for a, b in zip(frozen[2], other[2], strict=True))
     assert all(weight.grad is None and weight.requires_grad for weight in host.model.parameters())
     assert not any(state.requires_grad for state in quick.states().values())
+
+
+# --- modules inside blocks
+
+
+@pytest.mark.parametrize("layer", range(1, N_LAYERS))
+@pytest.mark.parametrize("kind", ["block", "down-projection"])
+def test_modules_may_be_patched_above_the_first_site_and_below_it(host, layer, kind):
+    """What is in force below comes with the first pass; what is trained above is reached by gradients."""
+    dtype, device = intervention_dtype(host.model), host.model.device
+    if "Mixtral" in type(host.model).__name__:  # experts, and no matrix of the whole part
+        with pytest.raises(UnsupportedHostError, match="0 down-projections"):
+            down_projection(host.model, layer)
+        return
+    down = {i: down_projection(host.model, i) for i in range(N_LAYERS)}
+    generator = torch.Generator().manual_seed(layer)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    shapes = {i: weight_shape(host.model.get_submodule(name)) for i, name in down.items()}
+    there = {down[i]: DeltaPatch([(0.3 * normal(shapes[i][0], 2), normal(2, shapes[i][1]))]) for i in down}
+    block = find_architecture(host.model).blocks[layer]
+    name = next(name for name, one in host.model.named_modules() if one is block)
+    module = name if kind == "block" else down[layer]
+    lengths = torch.tensor([len(text.prompt_ids) for text in texts()])
+    places = (lengths - torch.tensor([4, 1, 1, 2, 3, 1, 3])).clamp(min=0)
+    vectors = normal(len(places), D_MODEL).requires_grad_()
+    reach = int((lengths - places).max())
+    asked = (host, Encoder.for_host(host), PositionSpec(), texts(), sites_below(Site(layer)))
+    full = FullPass(*asked)
+    quick = SuffixPass(*asked, reach=reach, patches=there)
+    assert int(quick.n_left_out.max()) == int(lengths.max()) - reach > 0
+    assert full.n_left_out.tolist() == [0] * len(places)
+
+    def told(run, patches):
+        at = AddAt(vectors, torch.arange(len(places)), places - run.n_left_out)
+        run.edited.patches = with_patch(patches, module, at)
+        with torch.enable_grad():
+            shown = run({})
+            loss = target_cross_entropy(shown.logits, run.targets, run.rows)
+        return shown.logits, torch.autograd.grad(loss, vectors)[0]
+
+    one, other = told(full, there), told(quick, there)
+    assert off(one[0], other[0]) < tolerance(host)
+    assert off(one[1], other[1]) < tolerance(host)
+    # In the last block, only the last token of a prompt reaches what is predicted.
+    reached = [layer + 1 < N_LAYERS or place + 1 == n for place, n in zip(places, lengths, strict=True)]
+    assert (one[1].abs().amax(-1) > 0).tolist() == reached
+    less = {name: patch for name, patch in there.items() if name != down[0]}  # controls
+    assert off(one[0], told(SuffixPass(*asked, reach=reach, patches=less), less)[0]) > 1e-2
+    assert off(one[0], told(quick, less)[0]) < tolerance(host)  # it is in the first pass
+    quick.edited.patches = there
+    assert off(one[0], quick({}).logits) > 1e-2  # without the vectors
+
+
+def test_a_first_block_edited_inside_takes_the_whole_pass():
+    host = as_host(shared_host("llama"))
+    asked = (host, Encoder.for_host(host), PositionSpec(), texts())
+    there = {down_projection(host.model, 0): DeltaPatch([torch.ones(D_MODEL, D_MODEL)])}
+    run, why = quickest_pass(*asked, sites_below(Site(0)), patches=there)
+    assert isinstance(run, FullPass)
+    assert why == "its first block is edited inside"
+    assert run.edited.patches == there
+    run, why = quickest_pass(*asked, sites_below(Site(1)), patches=there)  # control
+    assert isinstance(run, SuffixPass)
+    assert why is None
 
 
 # --- what it costs

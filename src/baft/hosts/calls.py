@@ -190,17 +190,20 @@ def edit_output(call: Call, site: Site) -> Any:
 
 
 def patch_output(call: Call, name: str) -> Any:
-    """A hook after a module: its output under the patch of that name."""
+    """A hook after a module: its output (of a tuple, the first) under the patch of that name."""
     patch = call.patches[name]
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if current_call.get() is not call:
             return None
         assert call.shown is not None, "the stack ran its blocks without being called itself"
         assert call.prompt is not None, "noted together with what is shown"
         seen = Seen(call.shown.mask, call.prompt, call.memo)
         with plain_linears():  # what a patch multiplies by may be in training
-            return patch(module, args[0], output, seen)
+            if not isinstance(output, tuple):
+                return patch(module, args[0], output, seen)
+            made = patch(module, args[0], output[0], seen)
+        return None if made is None else (made, *output[1:])
 
     return hook
 

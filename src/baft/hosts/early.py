@@ -19,6 +19,7 @@ from baft.hosts.architecture import Architecture, find_architecture, input_devic
 from baft.hosts.calls import hanging
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
+from baft.hosts.patches import EnoughError
 
 Features = Float[Tensor, "row pos n_features"]
 
@@ -57,10 +58,6 @@ def early_features(
     return features, batch.attention_mask.bool()
 
 
-class _EnoughError(Exception):
-    """Ends a run of a host of which nothing more is wanted."""
-
-
 _reading: ContextVar[object] = ContextVar("baft_reading_early", default=None)
 
 
@@ -79,14 +76,14 @@ def _received(architecture: Architecture) -> Iterator[list[Float[Tensor, "row po
         if _reading.get() is seen:
             seen.append(output[0] if isinstance(output, tuple) else output)
             if len(seen) > len(layers):
-                raise _EnoughError
+                raise EnoughError
 
     token, handles = _reading.set(seen), []
     try:
         with hanging:
             handles.append(blocks[0].register_forward_pre_hook(before, with_kwargs=True))
             handles += [blocks[layer].register_forward_hook(after, prepend=True) for layer in layers]
-        with contextlib.suppress(_EnoughError):
+        with contextlib.suppress(EnoughError):
             yield seen
     finally:
         for handle in handles:

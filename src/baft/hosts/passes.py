@@ -46,8 +46,8 @@ class Predictions:
 
 
 @runtime_checkable
-class TargetPass(Protocol):
-    """A way of running the host on the texts of a request.
+class Predicting(Protocol):
+    """What tells the host's predictions of target tokens, as often as it is asked.
 
     Attributes:
         targets: The target tokens, all texts one after the other, `[token]`.
@@ -60,6 +60,11 @@ class TargetPass(Protocol):
     def __call__(self, parts: Mapping[Site, Parts], own: Own | None = None) -> Predictions:
         """The predictions with the given interventions in force, and those that act on single rows."""
 
+
+@runtime_checkable
+class TargetPass(Predicting, Protocol):
+    """A way of running the host on the texts of a request."""
+
     def select(self, rows: Int[Tensor, " kept"]) -> "TargetPass":
         """The same on some of the texts."""
 
@@ -69,10 +74,14 @@ class Pass(TargetPass, Protocol):
     """A target pass that knows the edited tokens before anything is trained.
 
     Attributes:
+        edited: The model that it runs; what is patched in it is in force.
+        n_left_out: How many tokens at each text's beginning a step does not run again, `[row]`.
         state_rows: The text of each edited token, `[state]`.
         state_offsets: Its place in the text, counted from the end of the prompt: the last prompt token is -1.
     """
 
+    edited: EditedModel
+    n_left_out: Int[Tensor, " row"]
     state_rows: Int[Tensor, " state"]
     state_offsets: Int[Tensor, " state"]
 
@@ -123,6 +132,7 @@ class FullPass:
         targets: The target tokens, `[token]`.
         rows: The text of each, `[token]`.
         columns: Where in the batch each is predicted, `[token]`.
+        n_left_out: None of any text, `[row]`.
         state_rows: The text of each edited token, `[state]`.
         state_offsets: Its place in the text, counted from the end of the prompt: the last prompt token is -1.
     """
@@ -146,6 +156,7 @@ class FullPass:
         where = Targets.of(texts, device)
         self.rows, self.targets = where.rows, where.ids
         # The host computes logits for these positions of every row, and for no others.
+        self.n_left_out = torch.zeros_like(self.batch.n_prompt_tokens)
         self.columns = self.batch.n_prompt_tokens[where.rows] - 1 + where.offsets
         self._keep, self._kept = torch.unique(self.columns, return_inverse=True)
         window = self.edited.window(

@@ -22,6 +22,10 @@ from baft.hosts.architecture import Site, find_architecture, text_config
 Part = Tensor | tuple[Tensor, Tensor]  # a matrix, whole or as two factors
 
 
+class EnoughError(Exception):
+    """Ends a run of a host of which nothing more is wanted: who reads raises it, who runs it catches it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Seen:
     """The tokens that a patch is shown.

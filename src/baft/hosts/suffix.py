@@ -29,7 +29,8 @@ from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import EncodedEdit, Encoder
 from baft.hosts.kernels import fast_linears
 from baft.hosts.models import Host
-from baft.hosts.passes import Own, Predictions, Targets, with_parts
+from baft.hosts.passes import FullPass, Own, Pass, Predictions, Targets, why_full, with_parts
+from baft.hosts.patches import Patch
 from baft.hosts.positions import PositionSpec
 
 KeysValues = tuple[Float[Tensor, "row head held d_key"], Float[Tensor, "row head held d_value"]]
@@ -46,7 +47,10 @@ class SuffixPass:
         encoder: Its encoder.
         positions: Which tokens are edited.
         texts: Prompts with their targets; more than one row where an edit has several renderings.
-        sites: Where states are wanted; the first must be the lowest layer that is edited.
+        sites: Where states are wanted; the first must be the lowest layer that is edited, or the one below
+            the lowest that has a module patched.
+        reach: How many of a prompt's last tokens patches may act on; those that are edited if left out.
+        patches: What is in force already, below the first site too.
 
     Raises:
         UnsupportedHostError: If the host does not keep keys and values as this pass needs them.
@@ -54,6 +58,8 @@ class SuffixPass:
     Attributes:
         targets: The target tokens, `[token]`.
         rows: The text of each, `[token]`.
+        edited: The model that it runs, above the first site; what is patched in it is in force.
+        n_left_out: How many tokens at each text's beginning a step does not run again, `[row]`.
         state_rows: The text of each edited token, `[state]`.
         state_offsets: Its place in the text, counted from the end of the prompt: the last prompt token is -1.
     """
@@ -65,26 +71,32 @@ class SuffixPass:
         positions: PositionSpec,
         texts: Sequence[EncodedEdit],
         sites: Sequence[Site],
+        *,
+        reach: int | None = None,
+        patches: Mapping[str, Patch] | None = None,
     ):
         self.sites = tuple(sites)
         architecture = find_architecture(host.model)
         self._trunk_of = _TrunkOf(host.model, architecture, min(sites))
         self.edited = EditedModel(self._trunk_of.view, {}, positions)
+        whole = EditedModel(host.model, {}, positions)
+        self.edited.patches = whole.patches = patches or {}
         self._takes_positions = "position_ids" in inspect.signature(_inner(host.model).forward).parameters
         device = input_device(host.model)
         n_prompt = torch.tensor([len(text.prompt_ids) for text in texts], device=device)
         # The last prompt token too, edited or not: the first target token is predicted there.
-        n_prefix = (n_prompt - max(positions.last_prompt, 1)).clamp(min=0)
+        n_last = max(positions.last_prompt if reach is None else reach, 1)
+        n_prefix = (n_prompt - n_last).clamp(min=0)
         rests = [
             (*text.prompt_ids[n:], *text.target_ids[:-1])
             for text, n in zip(texts, n_prefix.tolist(), strict=True)
         ]
         rest = encoder.pad(rests, n_prompt.tolist(), side="right", device=device)
-        self._n_prompt, self._n_prefix = n_prompt, n_prefix
+        self._n_prompt, self.n_left_out = n_prompt, n_prefix
         self._ids, self._real = rest.input_ids, rest.attention_mask.bool()
         self._where = Targets.of(texts, device)
         self._prefix, states, self._trunk_of.given.in_tuples = _first_pass(
-            host, architecture, encoder, texts, n_prefix, self._real, self.sites
+            whole, encoder, texts, n_prefix, self._real, self.sites
         )
         self._trunk = states[min(sites)]
         self._lay_out()
@@ -102,7 +114,7 @@ class SuffixPass:
                 self._mask.long(),
                 n_prompt_tokens=self._n_prompt,
                 recording=seen,
-                past_key_values=_frozen(self._prefix, int(self._n_prefix.max())),
+                past_key_values=_frozen(self._prefix, int(self.n_left_out.max())),
                 use_cache=True,
                 **arguments,
             )
@@ -118,12 +130,12 @@ class SuffixPass:
     def select(self, rows: Int[Tensor, " kept"]) -> "SuffixPass":
         """The same on some of the texts, without what is then mere padding."""
         kept = copy.copy(self)
-        kept._n_prompt, kept._n_prefix = self._n_prompt[rows], self._n_prefix[rows]
+        kept._n_prompt, kept.n_left_out = self._n_prompt[rows], self.n_left_out[rows]
         width = int(self._real[rows].sum(-1).max())
         kept._ids, kept._real = self._ids[rows, :width], self._real[rows, :width]
         kept._trunk = self._trunk[rows.to(self._trunk.device), :width]
         kept._where = self._where.select(rows)
-        spare = int(self._n_prefix.max()) - int(kept._n_prefix.max())
+        spare = int(self.n_left_out.max()) - int(kept.n_left_out.max())
         kept._prefix = {
             layer: (keys[rows.to(keys.device), :, spare:], values[rows.to(values.device), :, spare:])
             for layer, (keys, values) in self._prefix.items()
@@ -139,16 +151,16 @@ class SuffixPass:
         Prefixes end at one column, padded on the left; the edited tokens begin at the next, padded on the
         right.
         """
-        longest = int(self._n_prefix.max())
+        longest = int(self.n_left_out.max())
         columns = torch.arange(longest, device=self._ids.device)
-        before = columns >= longest - self._n_prefix.unsqueeze(-1)
+        before = columns >= longest - self.n_left_out.unsqueeze(-1)
         self._mask = torch.cat([before, self._real], -1)
         width = torch.arange(self._ids.shape[1], device=self._ids.device)
-        self._positions = self._n_prefix.unsqueeze(-1) + width
+        self._positions = self.n_left_out.unsqueeze(-1) + width
         self.rows, self.targets = self._where.rows, self._where.ids
-        self._columns = (self._n_prompt - self._n_prefix)[self.rows] - 1 + self._where.offsets
+        self._columns = (self._n_prompt - self.n_left_out)[self.rows] - 1 + self._where.offsets
         self.state_rows, place = self._edited_tokens().nonzero().unbind(-1)
-        self.state_offsets = place - (self._n_prompt - self._n_prefix)[self.state_rows]
+        self.state_offsets = place - (self._n_prompt - self.n_left_out)[self.state_rows]
 
     def _edited_tokens(self) -> Bool[Tensor, "row pos"]:
         window = self.edited.window(self._ids, self._mask, self._n_prompt)
@@ -160,12 +172,45 @@ class SuffixPass:
     state_offsets: Int[Tensor, " state"]
 
 
+def sites_below(site: Site) -> tuple[Site, ...]:
+    """Where a pass may begin in which a module of a block is patched: the block below, if there is one."""
+    return (Site(site.layer - 1),) if site.layer else ()
+
+
+def quickest_pass(
+    host: Host,
+    encoder: Encoder,
+    positions: PositionSpec,
+    texts: Sequence[EncodedEdit],
+    sites: Sequence[Site],
+    *,
+    reach: int | None = None,
+    patches: Mapping[str, Patch] | None = None,
+) -> tuple[Pass, str | None]:
+    """The cheapest pass that a host allows, and why it is the whole one, if it is.
+
+    Args:
+        host: The host.
+        encoder: Its encoder.
+        positions: Which tokens are edited.
+        texts: Prompts with their targets.
+        sites: Where states are wanted, as in `SuffixPass`; none if the host's first block is patched.
+        reach: How many of a prompt's last tokens patches may act on; those that are edited if left out.
+        patches: What is in force already.
+    """
+    why = why_full(host, encoder, positions, texts, sites) if sites else "its first block is edited inside"
+    if why is None:
+        return SuffixPass(host, encoder, positions, texts, sites, reach=reach, patches=patches), None
+    whole = FullPass(host, encoder, positions, texts, sites)
+    whole.edited.patches = patches or {}
+    return whole, why
+
+
 # --- the first pass
 
 
 def _first_pass(
-    host: Host,
-    architecture: Architecture,
+    edited: EditedModel,
     encoder: Encoder,
     texts: Sequence[EncodedEdit],
     n_prefix: Int[Tensor, " row"],
@@ -175,6 +220,7 @@ def _first_pass(
     """Keys and values of the prefixes above the first site, states of the other tokens at each site, and
     whether blocks put these out in tuples.
     """
+    architecture, device = edited.architecture, input_device(edited.host)
     first, longest, width = min(sites).layer, int(n_prefix.max()), real.shape[1]
     prefix: dict[int, list[KeysValues]] = {}
     states: dict[Site, list[Tensor]] = {}
@@ -185,16 +231,17 @@ def _first_pass(
             [inputs[row] for row in chunk],
             [len(texts[row].prompt_ids) for row in chunk],
             side="right",
-            device=input_device(host.model),
+            device=device,
         )
         n_here = n_prefix[chunk]
         shared = _shared(batch.input_ids, int(n_here.min()))
         with torch.no_grad(), fast_linears():
-            cache, shared = _begun(host, architecture, batch.input_ids[:, :shared])
+            cache, shared = _begun(edited, batch.input_ids[:, :shared])
             with _outputs_of(architecture, sites) as caught:
-                host.model(
-                    input_ids=batch.input_ids[:, shared:],
-                    attention_mask=batch.attention_mask,
+                edited(
+                    batch.input_ids[:, shared:],
+                    batch.attention_mask,
+                    n_prompt_tokens=batch.n_prompt_tokens,
                     past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=_one(batch.input_ids),
@@ -219,18 +266,19 @@ def _first_pass(
     return whole, {site: torch.cat(found)[back] for site, found in states.items()}, in_tuples
 
 
-def _begun(host: Host, architecture: Architecture, ids: Int[Tensor, "row pos"]) -> tuple[Cache, int]:
+def _begun(edited: EditedModel, ids: Int[Tensor, "row pos"]) -> tuple[Cache, int]:
     """A cache that holds what all rows begin with, run once, and how much that is.
 
     Nothing, if there is nothing or a block keeps no keys.
     """
-    layers: Any = [DynamicLayer() for _ in architecture.blocks]
+    blocks = edited.architecture.blocks
+    layers: Any = [DynamicLayer() for _ in blocks]
     cache = Cache(layers=layers)
     n_rows, n_tokens = ids.shape
     if n_tokens:
-        host.model(input_ids=ids[:1], past_key_values=cache, use_cache=True, logits_to_keep=_one(ids))
+        edited(ids[:1], past_key_values=cache, use_cache=True, logits_to_keep=_one(ids))
         if any(layer.get_seq_length() != n_tokens for layer in layers):
-            return Cache(layers=[DynamicLayer() for _ in architecture.blocks]), 0
+            return Cache(layers=[DynamicLayer() for _ in blocks]), 0
         cache.batch_repeat_interleave(n_rows)
     return cache, n_tokens
 

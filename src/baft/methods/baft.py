@@ -23,9 +23,9 @@ from baft.hosts.calls import Parts, Recording
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import EncodedEdit, Encoder
 from baft.hosts.models import Host
-from baft.hosts.passes import FullPass, Pass, why_full
+from baft.hosts.passes import Pass
 from baft.hosts.positions import PositionSpec
-from baft.hosts.suffix import SuffixPass
+from baft.hosts.suffix import quickest_pass
 from baft.methods.baft_config import DEFAULT, PAPER, BaftConfig
 from baft.methods.base import Apart, Capability, EditOutcome, GateReading, OnStep, StackedEditor, single_edits
 from baft.methods.bases import Bases, Frame, OwnBases, SharedBases
@@ -297,15 +297,6 @@ class BaftEditor(StackedEditor):
     @cached_property
     def _background(self) -> Background:
         return background(self.host, self.encoder, self.sites)
-
-
-def quickest_pass(
-    host: Host, encoder: Encoder, positions: PositionSpec, texts: Sequence[EncodedEdit], sites: Sequence[Site]
-) -> tuple[Pass, str | None]:
-    """The cheapest pass that a host allows, and why it is the whole one, if it is."""
-    given = (host, encoder, positions, texts, sites)
-    why = why_full(*given)
-    return (SuffixPass(*given) if why is None else FullPass(*given)), why
 
 
 def alike(widths: Sequence[int], most: int) -> list[list[int]]:

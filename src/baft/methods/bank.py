@@ -27,8 +27,9 @@ from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import EncodedEdit
 from baft.hosts.models import Host
 from baft.hosts.positions import PositionSpec
+from baft.hosts.suffix import quickest_pass
 from baft.hosts.turns import Row
-from baft.methods.baft import alike, quickest_pass
+from baft.methods.baft import alike
 from baft.methods.bank_config import DEFAULT, BankConfig
 from baft.methods.base import (
     Apart,

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from baft.errors import EditError
-from baft.hosts.passes import FullPass, Predictions
+from baft.hosts.passes import Predicting, Predictions
 from baft.methods.base import OnStep
 from baft.methods.optimizer import DescentConfig
 from baft.methods.training import Stopped, TrainingResult, broke_down, met_stop_rule, row_margins
@@ -53,7 +53,7 @@ class Descent:
     may_stop: Callable[[], bool] | None = None
     by: Literal["adam", "sgd"] = "adam"
 
-    def run(self, shown: FullPass, on_step: OnStep | None = None) -> TrainingResult:
+    def run(self, shown: Predicting, on_step: OnStep | None = None) -> TrainingResult:
         """Trains until the stop rule is met.
 
         Raises:
@@ -94,7 +94,7 @@ class Descent:
         raise AssertionError("the last step always stops")
 
     def _stopped(
-        self, step: int, shown: FullPass, logits: Float[Tensor, "token vocab"]
+        self, step: int, shown: Predicting, logits: Float[Tensor, "token vocab"]
     ) -> tuple[Stopped | None, Float[Tensor, " row"]]:
         """Why it stops here, or None, and the margins of all texts."""
         margins = row_margins(logits, shown)

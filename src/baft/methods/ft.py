@@ -29,7 +29,7 @@ from baft.errors import ConfigError
 from baft.hosts.architecture import find_architecture, intervention_dtype, scaled_layers
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.models import Host
-from baft.hosts.passes import FullPass, Predictions
+from baft.hosts.passes import Pass, Predictions
 from baft.hosts.patches import DeltaPatch
 from baft.methods.base import EditOutcome, OnStep
 from baft.methods.descent import Descent
@@ -106,7 +106,7 @@ class FtEditor(DownProjectionEditor):
         began = time.monotonic()
         config = self.config
         texts = renderings(self.encoder, request.edits, chat=config.chat, eos=config.train_eos)
-        shown = FullPass(self.host, self.encoder, self.positions, texts, ())
+        shown, why = self.pass_over(texts)
         dtype = intervention_dtype(self.host.model)
         delta = torch.zeros(self.shape, dtype=dtype, device=self.device)
         if state:
@@ -119,7 +119,7 @@ class FtEditor(DownProjectionEditor):
 
         descent = Descent([delta], config, loss, lambda: self._within_bounds(delta))
         result = descent.run(shown, on_step)
-        return {DELTA: delta}, outcome_of(request, result, time.monotonic() - began)
+        return {DELTA: delta}, outcome_of(request, result, time.monotonic() - began, why)
 
     def put(self, edited: EditedModel, state: State, requests: Sequence[EditRequest]) -> None:
         """The matrix is added to what the down-projection puts out."""
@@ -135,7 +135,7 @@ class FtEditor(DownProjectionEditor):
             delta.clamp_(-bound, bound)
 
 
-def _at_the_last_prompt_token(shown: FullPass, seen: Predictions) -> Float[Tensor, ""]:
+def _at_the_last_prompt_token(shown: Pass, seen: Predictions) -> Float[Tensor, ""]:
     """Minus the mean log-probability of all target tokens of a text at its last prompt token, over texts."""
     n_rows = int(shown.rows.max()) + 1
     first = torch.searchsorted(shown.rows.contiguous(), torch.arange(n_rows, device=shown.rows.device))

@@ -42,7 +42,7 @@ from baft.errors import ConfigError
 from baft.hosts.architecture import find_architecture, intervention_dtype, scaled_layers
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.models import Host
-from baft.hosts.passes import FullPass
+from baft.hosts.passes import Pass
 from baft.hosts.patches import Seen
 from baft.hosts.positions import PositionSpec
 from baft.methods.base import EditOutcome, OnStep
@@ -274,7 +274,7 @@ class GraceEditor(DownProjectionEditor):
         config = self.config
         texts = renderings(self.encoder, request.edits, chat=config.chat, eos=config.train_eos)
         n_rows = len(texts) // len(request.edits)
-        shown = FullPass(self.host, self.encoder, self.positions, texts, ())
+        shown, why = self.pass_over(texts)
         keys, outputs = self._queries(shown)
         targets = [edit.target.strip() for one in (*self.requests, request) for edit in one.edits]
         n_before = len(targets) - len(request.edits)
@@ -294,7 +294,7 @@ class GraceEditor(DownProjectionEditor):
         result = Descent([values], config).run(shown, on_step)
         made = {KEYS: book.keys, VALUES: values, RADII: book.radii}
         made[OWNERS] = torch.tensor(owners, device=values.device)
-        return made, outcome_of(request, result, time.monotonic() - began)
+        return made, outcome_of(request, result, time.monotonic() - began, why)
 
     def put(self, edited: EditedModel, state: State, requests: Sequence[EditRequest]) -> None:
         """The codebook is looked up at the last prompt token."""
@@ -316,7 +316,7 @@ class GraceEditor(DownProjectionEditor):
         return Codebook(nothing[:, :d_in], nothing[:, d_in:], nothing[:, 0])
 
     @torch.no_grad()
-    def _queries(self, shown: FullPass) -> tuple[Float[Tensor, "row d_in"], Float[Tensor, "row d_out"]]:
+    def _queries(self, shown: Pass) -> tuple[Float[Tensor, "row d_in"], Float[Tensor, "row d_out"]]:
         """What the module is given, and what it puts out, at the last prompt token of every text."""
         reader = _Reader()
         shown.edited.patches = {self.module: reader}

@@ -12,6 +12,7 @@ within `clamp` times that length. The decay's form is the published code's; the 
 and code differ on the divergence, it is the paper's: at the prompt's end, not at the subject's last token.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +23,15 @@ from torch import Tensor, nn
 
 from baft.errors import ConfigError
 from baft.hosts.architecture import Site, intervention_dtype, site_device
+from baft.hosts.calls import Parts
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder
 from baft.hosts.kernels import fast_linears
 from baft.hosts.models import Host
-from baft.hosts.passes import FullPass, Predictions, show_prompts
-from baft.hosts.patches import Patch, Seen, by_row
+from baft.hosts.passes import FullPass, Own, Pass, Predictions, show_prompts
+from baft.hosts.patches import EnoughError, Patch, Seen, by_row
 from baft.hosts.positions import PositionSpec
+from baft.hosts.suffix import quickest_pass, sites_below
 from baft.methods.base import OnStep
 from baft.methods.descent import Descent
 from baft.methods.optimizer import DescentConfig
@@ -139,7 +142,7 @@ class AddAt:
 
 @dataclass
 class Reading:
-    """Reads what goes into a module, and out of it, at one token of each row; changes nothing.
+    """Reads what goes into a module, and out of it, at one token of each row, and ends the run there.
 
     Args:
         places: The tokens, `[row]`.
@@ -158,9 +161,14 @@ class Reading:
         output: Float[Tensor, "*batch d_out"],
         seen: Seen,
     ) -> None:
-        """Reads."""
+        """Reads.
+
+        Raises:
+            EnoughError: Always.
+        """
         at = torch.arange(len(self.places), device=output.device), self.places.to(output.device)
         self.inputs, self.outputs = (by_row(one, seen)[at].detach() for one in (inputs, output))
+        raise EnoughError
 
 
 class KeyValues:
@@ -228,12 +236,12 @@ class KeyValues:
         same = [[essence(self._encoder, edit)] for edit in self.edits]
         with torch.no_grad():
             before = torch.log_softmax(_logits(self._pass(same, patches)({})), -1)
-        shown = self._pass(self._trained, patches, module, vectors)
-        kept = self._pass(same, patches, module, vectors)
+        rows = [[*trained, *kept] for trained, kept in zip(self._trained, same, strict=True)]
+        shown = _AllButLast(self._pass_above(rows, patches, module, site, vectors), rows)
 
         def loss(cross_entropy: Float[Tensor, ""], seen: Predictions) -> Float[Tensor, ""]:
             decay = (vectors.norm(dim=-1) / lengths.square()).mean().to(cross_entropy)
-            now = torch.log_softmax(_logits(kept({})), -1)
+            now = torch.log_softmax(shown.last.to(before.dtype), -1)
             apart = (now.exp() * (now - before)).sum(-1).mean().to(cross_entropy)
             return cross_entropy + config.kl_weight * apart + config.weight_decay * decay
 
@@ -253,20 +261,39 @@ class KeyValues:
             found += row_margins(shown({}).logits, shown).tolist()
         return tuple(found)
 
-    def _pass(
+    def _pass(self, rows: Rows, patches: Mapping[str, Patch]) -> FullPass:
+        """The host on some texts."""
+        texts = [one.text for of_edit in rows for one in of_edit]
+        shown = FullPass(self._host, self._encoder, _EVERYWHERE, texts, ())
+        shown.edited.patches = patches
+        return shown
+
+    def _pass_above(
         self,
         rows: Rows,
         patches: Mapping[str, Patch],
-        module: str | None = None,
-        vectors: Float[Tensor, "edit d_out"] | None = None,
-    ) -> FullPass:
-        """The host on some texts, with the edits' vectors added to a module's output where they are given."""
-        texts = [one.text for of_edit in rows for one in of_edit]
-        shown = FullPass(self._host, self._encoder, _EVERYWHERE, texts, ())
-        if module is not None and vectors is not None:
-            edits, places = _where(rows, vectors.device)
-            patches = with_patch(patches, module, AddAt(vectors, edits, places))
-        shown.edited.patches = patches
+        module: str,
+        site: Site,
+        vectors: Float[Tensor, "edit d_out"],
+    ) -> Pass:
+        """The host on some texts, with the edits' vectors added to what a module puts out.
+
+        Tokens before the first of the places are not run again at every step, nor are blocks below.
+        """
+        flat = [one for of_edit in rows for one in of_edit]
+        reach = max(len(one.text.prompt_ids) - one.place for one in flat)
+        shown, _ = quickest_pass(
+            self._host,
+            self._encoder,
+            _EVERYWHERE,
+            [one.text for one in flat],
+            sites_below(site),
+            reach=reach,
+            patches=patches,
+        )
+        edits, places = _where(rows, vectors.device)
+        added = AddAt(vectors, edits, places - shown.n_left_out.to(places.device))
+        shown.edited.patches = with_patch(patches, module, added)
         return shown
 
     @torch.no_grad()
@@ -279,13 +306,43 @@ class KeyValues:
             chunk = flat[start : start + _ROWS]
             reading = Reading(torch.tensor([one.place for one in chunk]))
             edited.patches = with_patch(patches, module, reading)
-            with fast_linears():
+            with fast_linears(), contextlib.suppress(EnoughError):
                 show_prompts(edited, self._encoder, [one.text.prompt_ids for one in chunk])
             inputs.append(reading.inputs.to("cpu", torch.float64))
             outputs.append(reading.outputs.to("cpu", torch.float64))
         counts = [len(of_edit) for of_edit in rows]
         both = torch.cat(inputs).split(counts), torch.cat(outputs).split(counts)
         return list(zip(*both, strict=True))
+
+
+class _AllButLast:
+    """A pass whose last text of each edit is set apart: its predictions are no targets.
+
+    Args:
+        run: The pass over all texts.
+        rows: The texts of each edit, the last of which has a target of one token.
+
+    Attributes:
+        targets: The target tokens of the others, `[token]`.
+        rows: Which of the others each belongs to, `[token]`.
+        last: The logits of the texts set apart, of the run before, `[edit, vocab]`.
+    """
+
+    last: Float[Tensor, "edit vocab"]
+
+    def __init__(self, run: Pass, rows: Rows):
+        self._run = run
+        is_last = torch.tensor([i + 1 == len(of_edit) for of_edit in rows for i in range(len(of_edit))])
+        is_last = is_last.to(run.rows.device)
+        self._is_last = is_last[run.rows]
+        self.targets = run.targets[~self._is_last]
+        self.rows = ((~is_last).cumsum(0) - 1)[run.rows[~self._is_last]]
+
+    def __call__(self, parts: Mapping[Site, Parts], own: Own | None = None) -> Predictions:
+        """The predictions of the others."""
+        seen = self._run(parts, own)
+        self.last = seen.logits[self._is_last]
+        return Predictions(seen.logits[~self._is_last], seen.states, seen.state_rows)
 
 
 def _logits(seen: Predictions) -> Float[Tensor, "token vocab"]:

@@ -36,6 +36,7 @@ from baft.hosts.encoding import EncodedEdit
 from baft.hosts.models import Host
 from baft.hosts.passes import FullPass
 from baft.hosts.patches import Patch, Seen, up_projection, weight_shape
+from baft.hosts.suffix import quickest_pass, sites_below
 from baft.methods.adapters import seeded
 from baft.methods.base import EditOutcome, OnStep
 from baft.methods.descent import Descent
@@ -161,8 +162,10 @@ class MeloEditor(StatefulEditor):
         began = time.monotonic()
         config = self.config
         texts = renderings(self.encoder, request.edits, chat=config.chat, eos=config.train_eos)
-        shown = FullPass(self.host, self.encoder, self.positions, texts, ())
-        database = self._noted(shown, texts, state)
+        database = self._noted(FullPass(self.host, self.encoder, self.positions, texts, ()), texts, state)
+        reach = max(len(text.prompt_ids) for text in texts)
+        below = sites_below(self.sites[0])
+        shown, why = quickest_pass(self.host, self.encoder, self.positions, texts, below, reach=reach)
         block = {name: self._first(name) for name in self.modules}
         shown.edited.patches = {name: _Block(*pair, config.scale) for name, pair in block.items()}
         parameters = [one for pair in block.values() for one in pair]
@@ -172,7 +175,7 @@ class MeloEditor(StatefulEditor):
         made = {**state, **{f"{_DATABASE}{name}": one for name, one in database.tensors().items()}}
         for name, (up, down) in block.items():
             made |= {f"{len(self.requests)}.{name}.A": down, f"{len(self.requests)}.{name}.B": up}
-        return made, outcome_of(request, result, time.monotonic() - began)
+        return made, outcome_of(request, result, time.monotonic() - began, why)
 
     def put(self, edited: EditedModel, state: State, requests: Sequence[EditRequest]) -> None:
         """Keys are looked up below, and blocks act above."""

@@ -16,10 +16,12 @@ from torch import Tensor
 from baft.errors import DamagedArtifactError, UndoError
 from baft.hosts.architecture import Site, find_architecture, input_device, intervention_dtype, site_device
 from baft.hosts.edited_model import EditedModel
-from baft.hosts.encoding import Encoder
+from baft.hosts.encoding import EncodedEdit, Encoder
 from baft.hosts.models import Host
+from baft.hosts.passes import Pass
 from baft.hosts.patches import DeltaPatch, Patch, down_projection, weight_shape
 from baft.hosts.positions import PositionSpec
+from baft.hosts.suffix import quickest_pass, sites_below
 from baft.methods.base import Capability, Editor, EditOutcome, OnStep
 from baft.types import EditRequest
 
@@ -228,6 +230,16 @@ class DownProjectionEditor(StatefulEditor):
     def device(self) -> torch.device:
         """Where the block computes."""
         return site_device(self.host.model, self.sites[0])
+
+    def pass_over(self, texts: Sequence[EncodedEdit]) -> tuple[Pass, str | None]:
+        """The cheapest pass over some texts in which the module may be patched, and why it is the whole one.
+
+        Args:
+            texts: Prompts with their targets.
+        """
+        below = sites_below(self.sites[0])
+        reach = max(len(text.prompt_ids) for text in texts)
+        return quickest_pass(self.host, self.encoder, self.positions, texts, below, reach=reach)
 
 
 class AdditiveEditor(StatefulEditor):

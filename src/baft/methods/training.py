@@ -16,7 +16,7 @@ from torch import Tensor
 from baft.errors import EditError
 from baft.hosts.architecture import Site
 from baft.hosts.calls import Parts
-from baft.hosts.passes import Predictions, TargetPass
+from baft.hosts.passes import Predicting, Predictions, TargetPass
 from baft.methods.base import EditOutcome, OnStep
 from baft.methods.optimizer import DescentConfig, Layers, Optimizer, TrainingConfig
 from baft.nn.interventions import SubspaceIntervention, concatenate
@@ -357,7 +357,7 @@ def broke_down(config: DescentConfig, step: int, loss: float) -> EditError:
     )
 
 
-def row_margins(logits: Float[Tensor, "token vocab"], run: TargetPass) -> Float[Tensor, " row"]:
+def row_margins(logits: Float[Tensor, "token vocab"], run: Predicting) -> Float[Tensor, " row"]:
     """The smallest lead of any target token of each text over the best other token, in nats."""
     margins = target_margins(logits, run.targets)
     lowest = margins.new_full((int(run.rows.max()) + 1,), float("inf"))

@@ -50,7 +50,7 @@ from baft.hosts.background import background_text, fitting
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import EncodedEdit
 from baft.hosts.models import Host
-from baft.hosts.passes import FullPass, Predictions, show_prompts
+from baft.hosts.passes import Pass, Predictions, show_prompts
 from baft.hosts.patches import DeltaPatch
 from baft.hosts.speaking import Speaker
 from baft.methods.base import EditOutcome, OnStep
@@ -189,7 +189,7 @@ class WiseEditor(DownProjectionEditor):
         config = self.config
         texts, n_own = self._texts(request)
         n_rows = len(texts) // len(request.edits)
-        shown = FullPass(self.host, self.encoder, self.positions, texts, ())
+        shown, why = self.pass_over(texts)
         of_texts, irrelevant = self._read(shown), self._irrelevant(request)
         number = len(self._sizes((*self.requests, request))) - 1
         name = _shard(number)
@@ -222,7 +222,7 @@ class WiseEditor(DownProjectionEditor):
         thresholds = state[THRESHOLDS].tolist() if state else []
         thresholds[number:] = [min([*thresholds[number:], least.item()])]
         made = {**state, name: delta, THRESHOLDS: least.new_tensor(thresholds)}
-        return made, outcome_of(request, result, time.monotonic() - began)
+        return made, outcome_of(request, result, time.monotonic() - began, why)
 
     def put(self, edited: EditedModel, state: State, requests: Sequence[EditRequest]) -> None:
         """The memories, and the router."""
@@ -329,7 +329,7 @@ class WiseEditor(DownProjectionEditor):
         return found
 
     @torch.no_grad()
-    def _read(self, shown: FullPass) -> PromptStates:
+    def _read(self, shown: Pass) -> PromptStates:
         """What the module is given at the tokens of the prompts of a pass."""
         reader = PromptReader()
         shown.edited.patches = {self.module: reader}
