@@ -36,7 +36,9 @@ from baft.methods.base import (
     Conflict,
     EditOutcome,
     GateReading,
+    Heard,
     OnStep,
+    ScopedEditor,
     StackedEditor,
     single_edits,
 )
@@ -81,7 +83,7 @@ class Bank:
         n_held = 0 if before is None else len(before.edits)
         if before is not None and not before.begins(self.edits, state):
             before, n_held = None, 0
-        keys = [EditKeys(*(state[f"{edit}.{name}"] for name in _KEYS)) for edit in self.edits[n_held:]]
+        keys = self._keys(n_held)
         self._index: ScopeIndex
         if before is not None and not keys:
             self._index = before._index
@@ -110,6 +112,28 @@ class Bank:
         """
         return [(i, self.edits[j]) for i, j in _meeting(new, self._index)]
 
+    def meeting_each_other(self) -> list[tuple[str, str]]:
+        """Which edits here meet, the later one of two first."""
+        pairs = list[tuple[str, str]]()
+        for start in range(0, len(self.edits), _MET_AT_ONCE):
+            piece = ScopeIndex(self._scope.head, self._keys(start, _MET_AT_ONCE))
+            met = ((start + i, j) for i, j in _meeting(piece, self._index))
+            pairs += [(self.edits[i], self.edits[j]) for i, j in met if j < i]
+        return pairs
+
+    def heard(self, prompts: Sequence[Row]) -> list[Heard]:
+        """Which edits hear each prompt."""
+        vectors, asked = self._scope.read(prompts)
+        numbers = self._index.find(vectors, asked).tolist()
+        fires = self._index.passing(vectors, asked) > -torch.inf
+        return [
+            Heard(
+                self.edits[number] if number >= 0 else None,
+                frozenset(self.edits[i] for i in row.nonzero()[:, 0].tolist()),
+            )
+            for number, row in zip(numbers, fires, strict=True)
+        ]
+
     def stack(self, found: Int[Tensor, " row"]) -> Stack | None:
         """The bases of the edits that act on some rows, by their numbers; None where none acts."""
         acting = found[found >= 0].unique()
@@ -121,6 +145,11 @@ class Bank:
     def choose(self, prompts: Sequence[Row], only: Int[Tensor, " row"] | None = None) -> Stack | None:
         """The bases of the edits that act on the prompts; None where none acts on any."""
         return self.stack(self.find(prompts, only))
+
+    def _keys(self, start: int, most: int | None = None) -> list[EditKeys]:
+        """What the edits from a number on are found by, at most so many of them."""
+        edits = self.edits[start : None if most is None else start + most]
+        return [EditKeys(*(self._state[f"{edit}.{name}"] for name in _KEYS)) for edit in edits]
 
     def _joined(self, site: Site, edits: Sequence[str]) -> SubspaceIntervention:
         """The bases of some edits, those of lesser rank filled up with zeros, which change nothing."""
@@ -145,7 +174,7 @@ class _Only:
         return self.bank.choose(prompts, self.numbers.repeat_interleave(len(prompts) // len(self.numbers)))
 
 
-class BankEditor(StatefulEditor, StackedEditor):
+class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
     """Edits that know their scope, and add up.
 
     Args:
@@ -290,7 +319,24 @@ class BankEditor(StatefulEditor, StackedEditor):
             pairs += [(edits[start + i], edits[j]) for i, j in _meeting(piece, new) if j < start + i]
             if self._bank is not None:
                 pairs += [(edits[start + i], by_id[old]) for i, old in self._bank.meeting(piece)]
-        return tuple(Conflict(*pair) for pair in pairs if pair[0].target.strip() != pair[1].target.strip())
+        return _conflicts(pairs)
+
+    def sharing(self) -> tuple[Conflict, ...]:
+        """The edits in force that share prompts and differ in target."""
+        by_id = {edit.id: edit for request in self.requests for edit in request.edits}
+        pairs = [] if self._bank is None else self._bank.meeting_each_other()
+        return _conflicts([(by_id[new], by_id[old]) for new, old in pairs])
+
+    def heard(self, prompts: Sequence[str]) -> list[tuple[Heard, ...]]:
+        """Which edits in force hear each prompt, raw and in the chat template where there is one."""
+        rows = self._scope.asked(prompts)
+        found = [Heard(None, frozenset())] * len(rows) if self._bank is None else self._bank.heard(rows)
+        n_ways = len(rows) // len(prompts)
+        return [tuple(found[i : i + n_ways]) for i in range(0, len(rows), n_ways)]
+
+    def separable(self, edit: Edit, prompts: Sequence[str]) -> tuple[str, ...]:
+        """Those of some prompts from which the head can keep an edit without shutting it."""
+        return self._scope.separable(edit, prompts)
 
     @property
     def _bank(self) -> Bank | None:
@@ -434,6 +480,11 @@ def _meeting(one: ScopeIndex, other: ScopeIndex) -> list[tuple[int, int]]:
     """Which edits of two indices meet: one of them would act on a wording of the other."""
     met = other.acts_on(one) | one.acts_on(other).T
     return [(i, j) for i, j in met.nonzero().tolist()]
+
+
+def _conflicts(pairs: Sequence[tuple[Edit, Edit]]) -> tuple[Conflict, ...]:
+    """Those of pairs, each the later one first, that differ in target."""
+    return tuple(Conflict(*pair) for pair in pairs if pair[0].target.strip() != pair[1].target.strip())
 
 
 def _all_made(results: Sequence[T | EditError]) -> list[T]:
