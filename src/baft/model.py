@@ -243,7 +243,8 @@ class Model:
         the one that it replaced, unless that is taken out, too.
 
         Args:
-            ids: Of the edits, as in `edits`, two at least, in any order; none for all that conflict.
+            ids: Of the edits, as in `edits`, two at least, in any order; none for all of which one fires on
+                a wording of another.
             on_step: Called after every optimizer step.
 
         Returns:

@@ -6,7 +6,7 @@ request, so that taking it back brings back what it replaced.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -16,6 +16,8 @@ from baft.methods.base import Editor, Heard, ScopedEditor
 from baft.report import EditReport, RefitRow
 from baft.types import Edit, EditRequest, replaced
 from baft.witness import Witness
+
+_Askings = Mapping[str, tuple[Heard, ...]]  # who hears each wording, in each way of asking
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Refit:
     Args:
         editor: The method, with the edits in force.
         speaker: Asks the host.
-        ids: Of the edits, two at least, in any order; none for all that conflict.
+        ids: Of the edits, two at least, in any order; none for all that share a scope.
 
     Raises:
         ConfigError: If edits of this method have no scope.
@@ -53,19 +55,19 @@ class Refit:
                 "they are about, such as those by baft-bank"
             )
         self._editor, self._witness = editor, Witness(speaker, editor.edited)
-        self._edits = _chosen(editor, ids)
-        for pair in itertools.combinations(self._edits, 2):
-            _require_two_wordings(*pair)
+        self._edits = _named(editor, ids)
         heard = self._heard()
+        if not ids:
+            pairs = ((edit, other) for edit in self._edits for other, _ in self._reached(edit, heard))
+            met = {one.id for pair in pairs for one in pair}
+            self._edits = [edit for edit in self._edits if edit.id in met]
+        for both in itertools.combinations(self._edits, 2):
+            _require_two_wordings(*both)
         self._new: dict[str, Edit] = {}
         self._inseparable: dict[str, tuple[str, ...]] = {}
         unrelated = {edit.id: request.unrelated for request in editor.requests for edit in request.edits}
         for edit in self._edits:
-            reached = _once(
-                text
-                for text in self._of_others(edit)
-                if any(edit.id in asking.firing for asking in heard[text])
-            )
+            reached = _once(text for _, text in self._reached(edit, heard))
             # Prompts were unrelated to all edits of a request; now every edit has its own.
             own = replace(edit, neighbors=_once((*edit.neighbors, *unrelated[edit.id])))
             kept_from = editor.separable(own, reached) if reached else ()
@@ -106,22 +108,31 @@ class Refit:
         """What an edit has become; itself if it stays as it was."""
         return self._new.get(edit.id, edit)
 
-    def _of_others(self, edit: Edit) -> list[str]:
-        """The wordings of the others that say something else."""
-        return [text for one in self._edits if _differ(edit, one) for text in _wordings(one)]
+    def _of_others(self, edit: Edit) -> list[tuple[Edit, str]]:
+        """The others that say something else, with each of their wordings."""
+        return [(one, text) for one in self._edits if _differ(edit, one) for text in _wordings(one)]
 
-    def _heard(self) -> dict[str, tuple[Heard, ...]]:
+    def _reached(self, edit: Edit, heard: _Askings) -> list[tuple[Edit, str]]:
+        """Those of these on which an edit fires, however they are asked."""
+        return [
+            (one, text)
+            for one, text in self._of_others(edit)
+            if any(edit.id in asking.firing for asking in heard[text])
+        ]
+
+    def _heard(self) -> _Askings:
         """Who hears each wording of all edits, in each way of asking."""
         texts = _once(text for edit in self._edits for text in _wordings(edit))
         return dict(zip(texts, self._editor.heard(texts), strict=True))
 
-    def _standings(self, edits: Sequence[Edit], heard: dict[str, tuple[Heard, ...]]) -> list[_Standing]:
+    def _standings(self, edits: Sequence[Edit], heard: _Askings) -> list[_Standing]:
         """How the edits stand, as the editor has them in force."""
         says = self._witness.check(edits, eos=self._editor.trains_eos)
         found = []
         for edit, (_, decoded) in zip(edits, says, strict=True):
             own = [asking for text in _wordings(edit) for asking in heard[text]]
-            others = [asking for text in _once(self._of_others(edit)) for asking in heard[text]]
+            theirs = _once(text for _, text in self._of_others(edit))
+            others = [asking for text in theirs for asking in heard[text]]
             n_acting = sum(asking.acting == edit.id for asking in own)
             n_firing = sum(edit.id in asking.firing for asking in others)
             found.append(_Standing(len(own), n_acting, len(others), n_firing, decoded))
@@ -141,17 +152,15 @@ class Refit:
         )
 
 
-def _chosen(editor: ScopedEditor, ids: Sequence[str]) -> list[Edit]:
-    """The edits of a refit, in the order in which they were made."""
+def _named(editor: ScopedEditor, ids: Sequence[str]) -> list[Edit]:
+    """The edits with these ids, or all that are in force, in the order in which they were made."""
     edits = {edit.id: edit for request in editor.requests for edit in request.edits}
+    out_of_force = replaced(editor.requests)
     if not ids:
-        met = {one.id for conflict in editor.sharing() for one in (conflict.new, conflict.old)}
-        if not met:
-            raise EditError("no edits in force conflict: there is nothing to refit")
-        return [edit for edit in edits.values() if edit.id in met]
+        return [edit for edit in edits.values() if edit.id not in out_of_force]
     if strangers := [one for one in ids if one not in edits]:
         raise UnknownNameError(f"no edit has the id {strangers[0]!r}; the ids are {', '.join(edits)}")
-    if gone := replaced(editor.requests).intersection(ids):
+    if gone := out_of_force.intersection(ids):
         edit = edits[min(gone)]
         raise InputError(
             f"{edit.prompt!r} -> {edit.target!r} ({edit.id}) was replaced by a later edit: refit that, or "
@@ -159,7 +168,8 @@ def _chosen(editor: ScopedEditor, ids: Sequence[str]) -> list[Edit]:
         )
     if len(set(ids)) < 2:
         raise InputError(
-            f"a refit is of two edits or more, got {ids[0]}: name the others, or none for all that conflict"
+            f"a refit is of two edits or more, got {ids[0]}: name the others, too, or none for all that "
+            "fire on each other's prompts"
         )
     return [edit for edit in edits.values() if edit.id in ids]
 

@@ -7,11 +7,11 @@ several could be meant, the likeliest acts; where none is, the host runs as if t
 construction, after the trial in METHOD.md, section 5.
 """
 
+import dataclasses
 import logging
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import ClassVar, TypeVar, final
 
 import torch
@@ -83,7 +83,7 @@ class Bank:
         n_held = 0 if before is None else len(before.edits)
         if before is not None and not before.begins(self.edits, state):
             before, n_held = None, 0
-        keys = self._keys(n_held)
+        keys = [EditKeys(*(state[f"{edit}.{name}"] for name in _KEYS)) for edit in self.edits[n_held:]]
         self._index: ScopeIndex
         if before is not None and not keys:
             self._index = before._index
@@ -112,15 +112,6 @@ class Bank:
         """
         return [(i, self.edits[j]) for i, j in _meeting(new, self._index)]
 
-    def meeting_each_other(self) -> list[tuple[str, str]]:
-        """Which edits here meet, the later one of two first."""
-        pairs = list[tuple[str, str]]()
-        for start in range(0, len(self.edits), _MET_AT_ONCE):
-            piece = ScopeIndex(self._scope.head, self._keys(start, _MET_AT_ONCE))
-            met = ((start + i, j) for i, j in _meeting(piece, self._index))
-            pairs += [(self.edits[i], self.edits[j]) for i, j in met if j < i]
-        return pairs
-
     def heard(self, prompts: Sequence[Row]) -> list[Heard]:
         """Which edits hear each prompt."""
         vectors, asked = self._scope.read(prompts)
@@ -146,11 +137,6 @@ class Bank:
         """The bases of the edits that act on the prompts; None where none acts on any."""
         return self.stack(self.find(prompts, only))
 
-    def _keys(self, start: int, most: int | None = None) -> list[EditKeys]:
-        """What the edits from a number on are found by, at most so many of them."""
-        edits = self.edits[start : None if most is None else start + most]
-        return [EditKeys(*(self._state[f"{edit}.{name}"] for name in _KEYS)) for edit in edits]
-
     def _joined(self, site: Site, edits: Sequence[str]) -> SubspaceIntervention:
         """The bases of some edits, those of lesser rank filled up with zeros, which change nothing."""
         device = site_device(self._scope.reader.host.model, site)
@@ -163,7 +149,7 @@ class Bank:
         return SubspaceIntervention(R, A, b, OpenGate(*b.shape)).requires_grad_(False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Only:
     """A bank of which every row may be edited by one edit alone."""
 
@@ -319,18 +305,16 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
             pairs += [(edits[start + i], edits[j]) for i, j in _meeting(piece, new) if j < start + i]
             if self._bank is not None:
                 pairs += [(edits[start + i], by_id[old]) for i, old in self._bank.meeting(piece)]
-        return _conflicts(pairs)
-
-    def sharing(self) -> tuple[Conflict, ...]:
-        """The edits in force that share prompts and differ in target."""
-        by_id = {edit.id: edit for request in self.requests for edit in request.edits}
-        pairs = [] if self._bank is None else self._bank.meeting_each_other()
-        return _conflicts([(by_id[new], by_id[old]) for new, old in pairs])
+        return tuple(Conflict(*pair) for pair in pairs if pair[0].target.strip() != pair[1].target.strip())
 
     def heard(self, prompts: Sequence[str]) -> list[tuple[Heard, ...]]:
         """Which edits in force hear each prompt, raw and in the chat template where there is one."""
-        rows = self._scope.asked(prompts)
-        found = [Heard(None, frozenset())] * len(rows) if self._bank is None else self._bank.heard(rows)
+        rows, found = self._scope.asked(prompts), list[Heard]()
+        for start in range(0, len(rows), _MET_AT_ONCE):
+            piece = rows[start : start + _MET_AT_ONCE]
+            found += (
+                [Heard(None, frozenset())] * len(piece) if self._bank is None else self._bank.heard(piece)
+            )
         n_ways = len(rows) // len(prompts)
         return [tuple(found[i : i + n_ways]) for i in range(0, len(rows), n_ways)]
 
@@ -431,7 +415,7 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
 
     def _start(self, edits: Sequence[Edit], rank: int) -> Layers:
         """Random bases that change nothing yet, drawn for each edit whatever else is edited."""
-        gate, owners = OpenGate(len(edits), rank), [edit.id for edit in edits]
+        gate, owners = OpenGate(len(edits), rank), [_drawn_by(edit) for edit in edits]
         return {
             site: identity(self.host, site, gate, owners, rank, self._d_model, self.seed)
             for site in self.sites
@@ -447,7 +431,7 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
             eos=config.train_eos,
             max_target_tokens=config.max_target_tokens,
         )
-        draw = random.Random(edit.id)
+        draw = random.Random(_drawn_by(edit))
         text = background_text()
         for _ in range(config.n_openings):
             behind = f"{draw.choice(text['sentences'])} {edit.prompt}"
@@ -461,13 +445,18 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
         return found
 
 
-_MET_AT_ONCE = 256  # new edits that are compared with all others
+_MET_AT_ONCE = 256  # new edits, or prompts, that are compared with all edits
 _BASES = ("R", "A", "b")
 _KEYS = {"vectors": 3, "weights": 2, "lengths": 1, "thresholds": 1, "head": 0}  # of `EditKeys`: axes of each
 
 
 def _name(edit: str, site: Site, part: str) -> str:
     return f"{edit}.layer{site.layer}.{part}"
+
+
+def _drawn_by(edit: Edit) -> str:
+    """What the randomness of an edit's training follows: not its neighbors, which only narrow its scope."""
+    return dataclasses.replace(edit, neighbors=()).id
 
 
 def _in_force(requests: Sequence[EditRequest]) -> list[str]:
@@ -480,11 +469,6 @@ def _meeting(one: ScopeIndex, other: ScopeIndex) -> list[tuple[int, int]]:
     """Which edits of two indices meet: one of them would act on a wording of the other."""
     met = other.acts_on(one) | one.acts_on(other).T
     return [(i, j) for i, j in met.nonzero().tolist()]
-
-
-def _conflicts(pairs: Sequence[tuple[Edit, Edit]]) -> tuple[Conflict, ...]:
-    """Those of pairs, each the later one first, that differ in target."""
-    return tuple(Conflict(*pair) for pair in pairs if pair[0].target.strip() != pair[1].target.strip())
 
 
 def _all_made(results: Sequence[T | EditError]) -> list[T]:

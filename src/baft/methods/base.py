@@ -293,10 +293,6 @@ class ScopedEditor(Editor):
     """A method whose edits know which prompts they are about, and which can be kept from further ones."""
 
     @abstractmethod
-    def sharing(self) -> tuple[Conflict, ...]:
-        """The edits in force one of which would act on a wording of the other, and that differ in target."""
-
-    @abstractmethod
     def heard(self, prompts: Sequence[str]) -> list[tuple[Heard, ...]]:
         """Which edits hear each prompt: raw, and in the chat template where there is one."""
 
