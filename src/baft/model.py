@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baft import artifact, config
 from baft.artifact import EditSet, StoredEdit
-from baft.errors import ArtifactError, ConfigError, EditError, InputError, UndoError
+from baft.errors import ArtifactError, ConfigError, EditError, UndoError
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Messages
 from baft.hosts.identity import HostIdentity, compare, identify
@@ -41,8 +41,9 @@ from baft.methods.base import (
     StackedEditor,
     methods,
 )
+from baft.refit import Refit
 from baft.report import AppliedEdit, EditReport, TokenGates
-from baft.settling import conflict_rows, settled
+from baft.settling import conflict_rows, conflicts_of, require_new, settled
 from baft.types import DEFAULT_METHOD, Edit, EditRequest, OnConflict, as_edits, replaced
 from baft.witness import Witness
 
@@ -233,6 +234,43 @@ class Model:
 
         return self._make(editor, preset, requests, on_conflict, make)
 
+    def refit(self, *ids: str, on_step: OnStep | None = None) -> EditReport:
+        """Fits edits in force that share a scope to each other.
+
+        Each one that fires on a wording of another, which says something else, is trained anew with that
+        wording among its `neighbors`, and replaces what it was; the others stay as they are, every bit. It is
+        one request, which `undo` takes back. Edits still do not know each other; taking one out brings back
+        the one that it replaced, unless that is taken out, too.
+
+        Args:
+            ids: Of the edits, as in `edits`, two at least, in any order; none for all of which one fires on
+                a wording of another.
+            on_step: Called after every optimizer step.
+
+        Returns:
+            What happened; its `refit` tells of each edit, before and after, where it acts and fires, and
+            from what its scope cannot be kept.
+
+        Raises:
+            UnknownNameError: If no edit has such an id.
+            InputError: If one edit alone is named, or one that was replaced.
+            ConflictError: If two edits have a wording in common, and different targets.
+            ConfigError: If edits of the method in force have no scope.
+            EditError: If there is nothing to refit, no scope can be kept from another's wordings, training
+                breaks down, or inside `disabled()`; nothing has changed then.
+        """
+        editor = self._editor
+        if editor is None or not self.edits:
+            raise EditError("there is no edit to refit: edit first")
+        plan = Refit(editor, self._speaker, ids)
+
+        def make(requests: Sequence[EditRequest]) -> Sequence[EditOutcome]:
+            outcomes = [editor.apply(one, on_step=on_step) for one in requests]
+            plan.look_again()
+            return outcomes
+
+        return plan.told(self._make(editor, self._preset, [plan.request], "keep", make))
+
     def _make(
         self,
         editor: Editor,
@@ -246,14 +284,8 @@ class Model:
             raise EditError("edits are disabled here, and an edit could not be seen: edit outside disabled()")
         began = time.monotonic()
         edits = [edit for request in requests for edit in request.edits]
-        known = {applied.edit.id: applied for applied in self.edits}
-        for edit in edits:
-            if edit.id in known:
-                why = "is in force already: undo it first"
-                if known[edit.id].replaced:
-                    why = "was replaced by a later edit: undo or remove that first"
-                raise InputError(f"{edit.prompt!r} -> {edit.target!r} {why}")
-        conflicts = editor.conflicts(edits, requests[0].unrelated)
+        require_new(edits, editor.requests)
+        conflicts = conflicts_of(editor, requests)
         requests = settled(requests, conflicts, on_conflict)
         before = self._witness.says(edits)
         n_before, old = len(editor.requests), (self._editor, self._preset, self._decoded)

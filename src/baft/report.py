@@ -93,8 +93,41 @@ class ConflictRow:
 
 
 @dataclass(frozen=True, slots=True)
+class RefitRow:
+    """One edit of those that were fitted to each other, before and after.
+
+    Every wording of an edit, its prompt and its rephrasings, is asked raw, and in the chat template where the
+    host has one; these askings are counted.
+
+    Args:
+        edit_id: Its id now.
+        old_id: Its id before; the same if it fired on no other's wording, or could not be kept from them, and
+            so stayed as it was.
+        prompt: What is asked.
+        target: What shall be said.
+        n_own: Askings of its own wordings.
+        own: On how many of these it acts, before and after.
+        n_others: Askings of the others' wordings, of those with another target.
+        others: On how many of these it would act were it the only edit, before and after.
+        decoded: Whether its target is what the model says to its prompt, before and after.
+        inseparable: Wordings of others that its scope cannot tell from its own; it still fires on them.
+    """
+
+    edit_id: str
+    old_id: str
+    prompt: str
+    target: str
+    n_own: int
+    own: tuple[int, int]
+    n_others: int
+    others: tuple[int, int]
+    decoded: tuple[bool, bool]
+    inseparable: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class EditReport:
-    """What one call of `Model.edit` or `Model.edit_many` did.
+    """What one call of `Model.edit`, `Model.edit_many` or `Model.refit` did.
 
     Args:
         method: The method.
@@ -112,6 +145,7 @@ class EditReport:
         why_full: Why every step of training ran the whole host, or None if it did not have to.
         notes: What else is to be known of how the method works on this host.
         conflicts: Edits in force that the new ones conflict with.
+        refit: Of a refit, one for each edit that took part, those included that stayed as they were.
     """
 
     method: str
@@ -128,6 +162,7 @@ class EditReport:
     why_full: str | None = None
     notes: tuple[str, ...] = ()
     conflicts: tuple[ConflictRow, ...] = ()
+    refit: tuple[RefitRow, ...] = ()
 
     @property
     def succeeded(self) -> bool:
@@ -159,17 +194,44 @@ class EditReport:
         if self.why_full is not None:
             lines.append(f"every step ran the whole host: {self.why_full}")
         lines += [f"note: {note}" for note in self.notes]
-        lines += [
+        lines += dict.fromkeys(
             f"conflict with {one.prompt!r} -> {one.target!r}: "
             + ("replaced" if one.replaced else "both are kept")
             for one in self.conflicts
-        ]
+        )
         lines += [
             f"FAILED: {row.prompt!r} does not yield {row.target!r}" for row in self.rows if not row.decoded
         ]
         if self.broken:
             lines.append(f"earlier edits no longer decoded: {', '.join(map(repr, self.broken))}")
+        if self.refit:
+            lines += ["", table(REFIT_HEADER, refit_cells(self.refit)), *inseparable_lines(self.refit)]
         return "\n".join(lines)
+
+
+REFIT_HEADER = ("refit", "acts on its own", "fires on others'", "decoded")
+
+
+def refit_cells(rows: Sequence[RefitRow]) -> list[tuple[str, ...]]:
+    """What a refit did to each edit, before and after, under `REFIT_HEADER`."""
+    return [
+        (
+            f"{row.prompt} -> {row.target}",
+            f"{row.own[0]} to {row.own[1]} of {row.n_own}",
+            f"{row.others[0]} to {row.others[1]} of {row.n_others}",
+            " to ".join("yes" if one else "no" for one in row.decoded),
+        )
+        for row in rows
+    ]
+
+
+def inseparable_lines(rows: Sequence[RefitRow]) -> list[str]:
+    """What a refit could not tell apart."""
+    return [
+        f"NOT TOLD APART: {row.prompt!r} -> {row.target!r} still fires on {other!r}"
+        for row in rows
+        for other in row.inseparable
+    ]
 
 
 def _verdict(row: EditRow) -> str:

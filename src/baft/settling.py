@@ -1,13 +1,35 @@
-"""What becomes of edits in force that new ones conflict with."""
+"""What new edits meet in a model: themselves, and edits that they conflict with."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import get_args
 
-from baft.errors import ConfigError, ConflictError
-from baft.methods.base import Conflict
+from baft.errors import ConfigError, ConflictError, InputError
+from baft.methods.base import Conflict, Editor
 from baft.report import ConflictRow
-from baft.types import EditRequest, OnConflict
+from baft.types import Edit, EditRequest, OnConflict, replaced
+
+
+def require_new(edits: Sequence[Edit], requests: Sequence[EditRequest]) -> None:
+    """Refuses edits that are there already.
+
+    Raises:
+        InputError: If one of them is in force, or was replaced.
+    """
+    known, out_of_force = {edit.id for request in requests for edit in request.edits}, replaced(requests)
+    for edit in edits:
+        if edit.id in known:
+            why = "is in force already: undo it first"
+            if edit.id in out_of_force:
+                why = "was replaced by a later edit: undo or remove that first"
+            raise InputError(f"{edit.prompt!r} -> {edit.target!r} {why}")
+
+
+def conflicts_of(editor: Editor, requests: Sequence[EditRequest]) -> list[Conflict]:
+    """What the edits of requests, all with the same unrelated prompts, conflict with and do not replace."""
+    gone = {old for request in requests for _, old in request.replaces}
+    edits = [edit for request in requests for edit in request.edits]
+    return [one for one in editor.conflicts(edits, requests[0].unrelated) if one.old.id not in gone]
 
 
 def settled(

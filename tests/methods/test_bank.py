@@ -155,6 +155,17 @@ def test_neighbors_stay_raw_and_in_chat_and_the_edit_acts(host, named, monkeypat
         assert not torch.equal(model.logits(**one), plain.logits(**one))
 
 
+def test_neighbors_narrow_the_scope_and_leave_the_bases(host):
+    plain, other = editor_of(host), dataclasses.replace(HATS, neighbors=("A river",))
+    narrow = editor_of(host)
+    plain.apply(EditRequest((HATS,)))
+    narrow.apply(EditRequest((other,)))
+    bases = [name for name in plain.state if "layer" in name]
+    assert bases
+    for name in bases:
+        assert torch.equal(plain.state[name], narrow.state[name.replace(HATS.id, other.id)])
+
+
 def test_a_neighbor_that_would_shut_the_edit_is_refused(host, model):
     near = HATS.prompt + " and"  # it says all that the edit says
     with pytest.raises(InputError, match=f"'{near}' shall stay as it is, and is so near to 'Nine hats of'"):

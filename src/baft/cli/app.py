@@ -43,7 +43,7 @@ from baft.cli.options import (
     require_place,
 )
 from baft.cli.scope import scope
-from baft.cli.sets import merge, remove
+from baft.cli.sets import merge, refit, remove
 from baft.cli.tables import count, gates_view, report_view, stored_view, table, verdict
 from baft.cli.terminal import Group, Terminal
 from baft.cli.work import (
@@ -389,6 +389,7 @@ def list_methods(as_json: Json = False) -> None:
 
 app.command()(remove)
 app.command()(merge)
+app.command()(refit)
 app.command()(bench)
 app.command()(report)
 app.command()(compare)

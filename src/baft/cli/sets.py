@@ -1,13 +1,14 @@
-"""The commands that put saved edits together and take them apart, without their host."""
+"""The commands that put saved edits together, take them apart, and fit them to each other."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from baft.cli.options import Artifact, Json, require_place
-from baft.cli.tables import count, table
+from baft.cli.options import Artifact, Device, Dtype, HostOf, Json, Quiet, Terms, require_place
+from baft.cli.tables import count, report_view, table
 from baft.cli.terminal import Terminal
+from baft.cli.work import load, require_held
 from baft.errors import ArtifactError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -75,6 +76,47 @@ def merge(
     rows = [(one.prompt, one.target) for one in added]
     end = f"{count(len(both.edits), 'edit')} in {place}"
     Terminal(as_json=as_json).result(data, table(("added", "target"), rows), "", end)
+
+
+def refit(
+    artifact: Artifact,
+    edits: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[EDIT...]",
+            help="Numbers as `baft show` has them, or ids; two at least. "
+            "[default: all that fire on another's prompt]",
+        ),
+    ] = None,
+    save: Out = None,
+    model: HostOf = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    accept_terms: Terms = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fit saved edits that share a scope to each other.
+
+    Each that fires on a prompt of another is trained anew, so as to be silent there, and replaces what it
+    was; the report says from what it cannot be kept. It is one request: `baft undo` takes it back. The exit
+    code is 1 if an edit failed; it is kept all the same.
+    """
+    from baft.artifact import read
+
+    terminal = Terminal(as_json=as_json, quiet=quiet)
+    saved = read(artifact)
+    ids = [_id_of(one, saved) for one in edits or ()]
+    place = save or artifact
+    require_place(place)
+    loaded = load(terminal, str(artifact), model, dtype, device, accept_terms)
+    with terminal.training(1) as bar:
+        bar.next()
+        report = loaded.refit(*ids, on_step=bar.step)
+    loaded.save(place)
+    data = {"saved": str(place), "report": report.to_dict()}
+    terminal.result(data, *report_view([report]), f"saved in {place}")
+    require_held([row.decoded for row in report.rows])
 
 
 def _id_of(given: str, saved: "EditSet") -> str:

@@ -9,6 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from baft.cli.terminal import safe
+from baft.report import REFIT_HEADER, inseparable_lines, refit_cells
+from baft.types import replaced
 
 if TYPE_CHECKING:
     from baft.artifact import EditSet
@@ -67,13 +69,23 @@ def report_view(reports: Sequence["EditReport"]) -> list[RenderableType]:
     if broken:
         lines.append(f"earlier edits no longer decoded: {', '.join(map(repr, broken))}")
     header = ("prompt", "before", "after", "gate", "margin", "")
-    return [table(header, cells, right=("gate", "margin")), "", *lines]
+    shown: list[RenderableType] = [table(header, cells, right=("gate", "margin")), "", *lines]
+    if refits := [row for report in reports for row in report.refit]:
+        shown += ["", table(REFIT_HEADER, refit_cells(refits)), *inseparable_lines(refits)]
+    return shown
 
 
 def stored_view(title: str, saved: "EditSet") -> list[RenderableType]:
     """What is in an artifact."""
+    gone = replaced(saved.requests)
     cells = [
-        (str(n), str(one.request + 1), one.edit.prompt, one.edit.target, verdict(one.decoded))
+        (
+            str(n),
+            str(one.request + 1),
+            one.edit.prompt,
+            one.edit.target,
+            "replaced" if one.edit.id in gone else verdict(one.decoded),
+        )
         for n, one in enumerate(saved.edits, start=1)
     ]
     host = saved.host

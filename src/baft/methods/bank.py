@@ -7,11 +7,11 @@ several could be meant, the likeliest acts; where none is, the host runs as if t
 construction, after the trial in METHOD.md, section 5.
 """
 
+import dataclasses
 import logging
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import ClassVar, TypeVar, final
 
 import torch
@@ -37,7 +37,9 @@ from baft.methods.base import (
     Conflict,
     EditOutcome,
     GateReading,
+    Heard,
     OnStep,
+    ScopedEditor,
     StackedEditor,
     single_edits,
 )
@@ -111,6 +113,19 @@ class Bank:
         """
         return [(i, self.edits[j]) for i, j in _meeting(new, self._index)]
 
+    def heard(self, prompts: Sequence[Row]) -> list[Heard]:
+        """Which edits hear each prompt."""
+        vectors, asked = self._scope.read(prompts)
+        numbers = self._index.find(vectors, asked).tolist()
+        fires = self._index.passing(vectors, asked) > -torch.inf
+        return [
+            Heard(
+                self.edits[number] if number >= 0 else None,
+                frozenset(self.edits[i] for i in row.nonzero()[:, 0].tolist()),
+            )
+            for number, row in zip(numbers, fires, strict=True)
+        ]
+
     def stack(self, found: Int[Tensor, " row"]) -> Stack | None:
         """The bases of the edits that act on some rows, by their numbers; None where none acts."""
         acting = found[found >= 0].unique()
@@ -135,7 +150,7 @@ class Bank:
         return SubspaceIntervention(R, A, b, OpenGate(*b.shape)).requires_grad_(False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Only:
     """A bank of which every row may be edited by one edit alone."""
 
@@ -146,7 +161,7 @@ class _Only:
         return self.bank.choose(prompts, self.numbers.repeat_interleave(len(prompts) // len(self.numbers)))
 
 
-class BankEditor(StatefulEditor, StackedEditor):
+class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
     """Edits that know their scope, and add up.
 
     Args:
@@ -293,6 +308,21 @@ class BankEditor(StatefulEditor, StackedEditor):
                 pairs += [(edits[start + i], by_id[old]) for i, old in self._bank.meeting(piece)]
         return tuple(Conflict(*pair) for pair in pairs if pair[0].target.strip() != pair[1].target.strip())
 
+    def heard(self, prompts: Sequence[str]) -> list[tuple[Heard, ...]]:
+        """Which edits in force hear each prompt, raw and in the chat template where there is one."""
+        rows, found = self._scope.asked(prompts), list[Heard]()
+        for start in range(0, len(rows), _MET_AT_ONCE):
+            piece = rows[start : start + _MET_AT_ONCE]
+            found += (
+                [Heard(None, frozenset())] * len(piece) if self._bank is None else self._bank.heard(piece)
+            )
+        n_ways = len(rows) // len(prompts)
+        return [tuple(found[i : i + n_ways]) for i in range(0, len(rows), n_ways)]
+
+    def separable(self, edit: Edit, prompts: Sequence[str]) -> tuple[str, ...]:
+        """Those of some prompts from which the head can keep an edit without shutting it."""
+        return self._scope.separable(edit, prompts)
+
     @property
     def _bank(self) -> Bank | None:
         """The edits in force."""
@@ -386,7 +416,7 @@ class BankEditor(StatefulEditor, StackedEditor):
 
     def _start(self, edits: Sequence[Edit], rank: int) -> Layers:
         """Random bases that change nothing yet, drawn for each edit whatever else is edited."""
-        gate, owners = OpenGate(len(edits), rank), [edit.id for edit in edits]
+        gate, owners = OpenGate(len(edits), rank), [_drawn_by(edit) for edit in edits]
         return {
             site: identity(self.host, site, gate, owners, rank, self._d_model, self.seed)
             for site in self.sites
@@ -402,7 +432,7 @@ class BankEditor(StatefulEditor, StackedEditor):
             eos=config.train_eos,
             max_target_tokens=config.max_target_tokens,
         )
-        draw = random.Random(edit.id)
+        draw = random.Random(_drawn_by(edit))
         text = background_text()
         for _ in range(config.n_openings):
             behind = f"{draw.choice(text['sentences'])} {edit.prompt}"
@@ -416,13 +446,18 @@ class BankEditor(StatefulEditor, StackedEditor):
         return found
 
 
-_MET_AT_ONCE = 256  # new edits that are compared with all others
+_MET_AT_ONCE = 256  # new edits, or prompts, that are compared with all edits
 _BASES = ("R", "A", "b")
 _KEYS = {"vectors": 3, "weights": 2, "lengths": 1, "thresholds": 1, "head": 0}  # of `EditKeys`: axes of each
 
 
 def _name(edit: str, site: Site, part: str) -> str:
     return f"{edit}.layer{site.layer}.{part}"
+
+
+def _drawn_by(edit: Edit) -> str:
+    """What the randomness of an edit's training follows: not its neighbors, which only narrow its scope."""
+    return dataclasses.replace(edit, neighbors=()).id
 
 
 def _in_force(requests: Sequence[EditRequest]) -> list[str]:

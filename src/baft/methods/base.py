@@ -115,6 +115,19 @@ class Conflict:
 
 
 @dataclass(frozen=True, slots=True)
+class Heard:
+    """Which edits hear a prompt that is asked in one way.
+
+    Args:
+        acting: The edit that acts, or None.
+        firing: All that would, were each the only one.
+    """
+
+    acting: str | None
+    firing: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Apart:
     """Edits that were each made by themselves, all on the model as it stood; none of them is in force.
 
@@ -274,6 +287,18 @@ class StackedEditor(Editor):
             ConfigError: If edits of this method do not add up.
             EditError: If one of them breaks down; nothing has changed then.
         """
+
+
+class ScopedEditor(Editor):
+    """A method whose edits know which prompts they are about, and which can be kept from further ones."""
+
+    @abstractmethod
+    def heard(self, prompts: Sequence[str]) -> list[tuple[Heard, ...]]:
+        """Which edits hear each prompt: raw, and in the chat template where there is one."""
+
+    @abstractmethod
+    def separable(self, edit: Edit, prompts: Sequence[str]) -> tuple[str, ...]:
+        """Those of some prompts that an edit can have as neighbors and lose none of its own wordings."""
 
 
 def single_edits(requests: Sequence[EditRequest]) -> list[Edit]:

@@ -147,6 +147,23 @@ class ScopeIndex:
         met[other._edit[theirs], self._edit[mine]] = True
         return met
 
+    @torch.no_grad()
+    def passing(
+        self, vectors: Float[Tensor, "channel row token dim"], asked: Bool[Tensor, "row token"]
+    ) -> Float[Tensor, "row edit"]:
+        """The log-probability of every prompt and edit, minus infinity where it is not above the threshold.
+
+        So each finite one is of an edit that would act, were it the only one.
+
+        Args:
+            vectors: Of the tokens of prompts.
+            asked: Which of them count; one of each prompt at least.
+        """
+        of_wordings = self.log_probability(vectors, asked)
+        of_wordings = of_wordings.masked_fill(of_wordings <= self._thresholds, -torch.inf)
+        found = of_wordings.new_full((len(asked), self.n_edits), -torch.inf)
+        return found.scatter_reduce(1, self._edit.expand(len(asked), -1), of_wordings, "amax")
+
     def find(
         self,
         vectors: Float[Tensor, "channel row token dim"],
@@ -162,10 +179,7 @@ class ScopeIndex:
             asked: Which of them count.
             only: The one edit that a prompt may be about; None for any.
         """
-        of_wordings = self.log_probability(vectors, asked)
-        of_wordings = of_wordings.masked_fill(of_wordings <= self._thresholds, -torch.inf)
-        found = of_wordings.new_full((len(asked), self.n_edits), -torch.inf)
-        found = found.scatter_reduce(1, self._edit.expand(len(asked), -1), of_wordings, "amax")
+        found = self.passing(vectors, asked)
         if only is not None:
             chosen = torch.zeros_like(found, dtype=torch.bool).scatter(1, only.unsqueeze(-1), True)
             found = found.masked_fill(~chosen, -torch.inf)

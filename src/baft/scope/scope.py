@@ -71,11 +71,26 @@ class Scope:
         found: list[EditKeys] = []
         for start in range(0, len(edits), _AT_ONCE):
             found += self._keys(edits[start : start + _AT_ONCE])
-        spared = self.read(self._asked(unrelated)) if unrelated else None
+        spared = self.read(self.asked(unrelated)) if unrelated else None
         return [
             self._without(edit, keys, unrelated, spared, made)
             for edit, keys in zip(edits, found, strict=True)
         ]
+
+    def separable(self, edit: Edit, prompts: Sequence[str]) -> tuple[str, ...]:
+        """Those of some prompts that an edit can have as further neighbors, one beside the other.
+
+        With them it still acts on its own prompt and rephrasings, raw and as chats, wherever it did before.
+        """
+        [plain], found = self.keys([edit], made=True), list[str]()
+        for prompt in prompts:
+            try:
+                [strict] = self.keys([replace(edit, neighbors=(*edit.neighbors, *found, prompt))])
+            except InputError:
+                continue
+            if not self._shuts((edit.prompt, *edit.rephrasings), plain, strict):
+                found.append(prompt)
+        return tuple(found)
 
     def _keys(self, edits: Sequence[Edit]) -> list[EditKeys]:
         wordings = [(edit.prompt, *edit.rephrasings) for edit in edits]
@@ -104,15 +119,14 @@ class Scope:
     ) -> EditKeys:
         """The same with thresholds that no neighbor and no unrelated prompt passes, raw or as a chat."""
         asked = [] if spared is None else [spared]
-        asked += [self.read(self._asked(edit.neighbors))] if edit.neighbors else []
+        asked += [self.read(self.asked(edit.neighbors))] if edit.neighbors else []
         if not asked:
             return keys
         index = ScopeIndex(self.head, [keys])
         reached = torch.cat([index.log_probability(*one) for one in asked])
         strict = replace(keys, thresholds=torch.maximum(keys.thresholds, reached.amax(0) + _CLEARANCE))
-        ways = self._asked([edit.prompt])
-        own = self.read(ways)
-        if bool(((index.find(*own) >= 0) & (ScopeIndex(self.head, [strict]).find(*own) < 0)).any()):
+        ways = self.asked([edit.prompt])
+        if self._shuts([edit.prompt], keys, strict):
             nearest = (*unrelated, *edit.neighbors)[int(reached.amax(1).argmax()) // len(ways)]
             why = f"{nearest!r} shall stay as it is, and is so near to {edit.prompt!r}"
             if not made:
@@ -121,7 +135,13 @@ class Scope:
             return keys
         return strict
 
-    def _asked(self, prompts: Sequence[str]) -> list[Row]:
+    def _shuts(self, prompts: Sequence[str], keys: EditKeys, strict: EditKeys) -> bool:
+        """Whether an edit that is found by some prompts, raw or as chats, is so no more by stricter keys."""
+        own = self.read(self.asked(prompts))
+        was, now = (ScopeIndex(self.head, [one]).find(*own) for one in (keys, strict))
+        return bool(((was >= 0) & (now < 0)).any())
+
+    def asked(self, prompts: Sequence[str]) -> list[Row]:
         """Each prompt raw, and in the chat template where there is one."""
         encoder = self.reader.encoder
         ways = [encoder.prompt]
