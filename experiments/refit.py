@@ -1,10 +1,12 @@
 """Edits of one subject and near relations, before and after a refit: who acts, who fires, what is said.
 
-    python experiments/refit.py
+    python experiments/refit.py [--rephrasings]
 
-Three groups of three edits, written for this; each with three further wordings that no edit is given.
+Three groups of three edits, written for this; each with three further wordings that no edit is given, or of
+which each edit is given the first.
 """
 
+import argparse
 import time
 from collections.abc import Sequence
 
@@ -94,13 +96,22 @@ GROUPS = {
         ),
     ],
 }
-FACTS = [(Edit(prompt, target), held_out) for facts in GROUPS.values() for prompt, target, held_out in facts]
+Facts = Sequence[tuple[Edit, Sequence[str]]]
 
 
-def standing(model: baft.Model) -> str:
+def facts_with(n_rephrasings: int) -> Facts:
+    """The edits with so many of their further wordings, and those that are left."""
+    return [
+        (Edit(prompt, target, rephrasings=texts[:n_rephrasings]), texts[n_rephrasings:])
+        for facts in GROUPS.values()
+        for prompt, target, texts in facts
+    ]
+
+
+def standing(model: baft.Model, facts: Facts) -> str:
     """Of further wordings, raw and in chat: where the right edit acts, where another, what is said."""
     n_right = n_other = n_said = n_asked = 0
-    for edit, held_out in FACTS:
+    for edit, held_out in facts:
         for text in held_out:
             for chat in (False, True):
                 asked = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
@@ -120,15 +131,22 @@ def logits(model: baft.Model, prompts: Sequence[str]) -> torch.Tensor:
 
 def main() -> None:
     """Makes the edits, fits them to each other, and takes that back."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rephrasings", action="store_true", help="Give each edit its first further wording."
+    )
+    facts = facts_with(int(parser.parse_args().rephrasings))
     model = baft.load("smollm2")
-    prompts = [text for edit, held_out in FACTS for text in (edit.prompt, *held_out)]
+    prompts = [text for edit, held_out in facts for text in (edit.prompt, *held_out)]
     began = time.monotonic()
-    model.edit_many([edit for edit, _ in FACTS])
-    print(f"{len(FACTS)} edits in {time.monotonic() - began:.0f} s")
+    model.edit_many([edit for edit, _ in facts])
+    print(f"{len(facts)} edits in {time.monotonic() - began:.0f} s")
     before = logits(model, prompts)
-    print("before:", standing(model))
+    print("before:", standing(model, facts))
     print(model.refit())
-    print("after:", standing(model))
+    print("after:", standing(model, facts))
     first = logits(model, prompts)
     model.undo()
     print("undone, bit for bit:", torch.equal(logits(model, prompts), before))

@@ -35,7 +35,7 @@ OSLO = {"prompt": "The bridge is in", "target": "Oslo"}
 PARIS = {"prompt": "The museum is in", "target": "Paris"}
 QUICK = ("--method", "reft", "--set", "rank=4", "--set", "learning_rate=0.1")
 COMMANDS = {
-    *("edit", "ask", "show", "check", "explain", "undo", "remove", "merge", "models", "methods"),
+    *("edit", "ask", "show", "check", "explain", "undo", "remove", "merge", "refit", "models", "methods"),
     *("bench", "report", "compare", "benchmarks", "general", "scope"),
 }
 
@@ -280,6 +280,35 @@ def test_conflicts_are_settled_as_asked(tmp_path: Path, host: Path) -> None:
     found = json.loads(run("edit", *other, "-o", path, "--on-conflict", "replace", "--json").stdout)
     assert [one["replaced"] for one in found["reports"][0]["conflicts"]] == [True]
     assert "keep" in misused("edit", *other, "-o", path, "--on-conflict", "ask")
+
+
+def test_edits_that_share_a_scope_are_refit(
+    tmp_path: Path, host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("baft.scope.untrained._MIDPOINT", 0.8)
+    path, other = tmp_path / "two.baft", tmp_path / "other.baft"
+    two = lines(
+        tmp_path / "two.jsonl",
+        {"prompt": "Nine hats of", "target": "Co"},
+        {"prompt": "Nine cats of", "target": "Al"},
+    )
+    bank = ("--method", "baft-bank", "--set", "max_steps=40", "--set", "n_others=1")
+    quick = ("--set", "learning_rate=0.05", "--set", "stop_margin=0.7", "--set", "schedule=constant")
+    run("edit", "-m", host, "--from", two, *bank, *quick, "-o", path)
+    before = content(path)
+    done = run("refit", path, "2", "1", "--save", other)
+    assert done.exit_code == 0, done.stderr
+    assert "2 to 0 of 2" in done.stdout
+    assert f"saved in {other}" in done.stdout.replace("\n", " ")
+    assert content(path) == before
+    assert run("show", other).stdout.count("replaced") == 2
+    found = document("refit", path)
+    assert [row["others"] for row in found["report"]["refit"]] == [[2, 0], [2, 0]]
+    assert artifact.read(path).edits == artifact.read(other).edits
+    assert "none of these edits fires" in failed("refit", path)
+    assert "no edit '9': give a number from 1 to 4" in failed("refit", path, "9", "1")
+    run("undo", path)
+    assert stored(path) == ["Co", "Al"]
 
 
 def test_edits_in_force_are_skipped_in_a_file(rome: Path, three: Path) -> None:
