@@ -339,7 +339,9 @@ def test_modules_may_be_patched_above_the_first_site_and_below_it(host, layer, k
 def test_a_first_block_edited_inside_takes_the_whole_pass():
     host = as_host(shared_host("llama"))
     asked = (host, Encoder.for_host(host), PositionSpec(), texts())
-    there = {down_projection(host.model, 0): DeltaPatch([torch.ones(D_MODEL, D_MODEL)])}
+    down = down_projection(host.model, 0)
+    d_out, d_in = weight_shape(host.model.get_submodule(down))
+    there = {down: DeltaPatch([torch.ones(d_out, d_in, dtype=host.model.dtype)])}
     run, why = quickest_pass(*asked, sites_below(Site(0)), patches=there)
     assert isinstance(run, FullPass)
     assert why == "its first block is edited inside"
