@@ -287,7 +287,8 @@ def test_a_host_whose_weights_ask_for_gradients(dtype):
 
 @pytest.mark.parametrize("layer", range(1, N_LAYERS))
 @pytest.mark.parametrize("kind", ["block", "down-projection"])
-def test_modules_may_be_patched_above_the_first_site_and_below_it(host, layer, kind):
+@pytest.mark.parametrize("whole", [False, True], ids=["part of the prompts", "all of them"])
+def test_modules_may_be_patched_above_the_first_site_and_below_it(host, layer, kind, whole):
     """What is in force below comes with the first pass; what is trained above is reached by gradients."""
     dtype, device = intervention_dtype(host.model), host.model.device
     if "Mixtral" in type(host.model).__name__:  # experts, and no matrix of the whole part
@@ -308,11 +309,12 @@ def test_modules_may_be_patched_above_the_first_site_and_below_it(host, layer, k
     lengths = torch.tensor([len(text.prompt_ids) for text in texts()])
     places = (lengths - torch.tensor([4, 1, 1, 2, 3, 1, 3])).clamp(min=0)
     vectors = normal(len(places), D_MODEL).requires_grad_()
-    reach = int((lengths - places).max())
+    reach = int(lengths.max() if whole else (lengths - places).max())
     asked = (host, Encoder.for_host(host), PositionSpec(), texts(), sites_below(Site(layer)))
     full = FullPass(*asked)
     quick = SuffixPass(*asked, reach=reach, patches=there)
-    assert int(quick.n_left_out.max()) == int(lengths.max()) - reach > 0
+    assert int(quick.n_left_out.max()) == int(lengths.max()) - reach
+    assert whole == (not quick.n_left_out.any())
     assert full.n_left_out.tolist() == [0] * len(places)
 
     def told(run, patches):

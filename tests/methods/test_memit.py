@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baft.errors import ConfigError
+from baft.hosts.models import Host
 from baft.methods.key_value import KeyValues
 from baft.methods.memit import MemitEditor, solution
 from baft.methods.rome import insertion
 from baft.types import Edit, EditRequest
+from tiny import shared_host, tiny_tokenizer
 
 EDITS = (
     Edit("Paris is in", "R", subject="is in"),
@@ -62,9 +64,9 @@ def test_all_values_are_met_where_nothing_is_weighed_against_them(host):
 
     class Spied(KeyValues):
         def values(self, *given):
-            vectors, result = values(self, *given)
+            vectors, result, why = values(self, *given)
             wanted.append(self.outputs(*given[:2]) + vectors)
-            return vectors, result
+            return vectors, result, why
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("baft.methods.inserting.KeyValues", Spied)
@@ -108,3 +110,19 @@ def test_settings_out_of_range_are_refused(host):
             dataclasses.replace(CONFIG, layers=layers)
     with pytest.raises(ConfigError, match="moments_weight must be positive"):
         dataclasses.replace(CONFIG, moments_weight=0.0)
+
+
+def test_a_host_whose_blocks_give_tuples():
+    """Its blocks' first output is what the values are added to."""
+    model = shared_host("gptj", "eager")
+    host = Host("tiny", model, tiny_tokenizer(), "a tiny random host")
+    caught = []
+    handle = model.transformer.h[1].register_forward_hook(lambda *args: caught.append(type(args[-1])))
+    try:
+        editor = MemitEditor(host, dataclasses.replace(CONFIG, layers=(0, 1), max_steps=60, moments_weight=1e-3))
+        outcome = editor.apply(EditRequest(EDITS[:1]))
+    finally:
+        handle.remove()
+    assert tuple in caught
+    assert outcome.losses[-1] < 0.5 * outcome.losses[0]
+    assert outcome.decoded == (True,)

@@ -61,10 +61,10 @@ def test_the_edited_weight_puts_out_the_value_at_the_prompts_key(host, monkeypat
     values = KeyValues.values
 
     def spied(self, *given):
-        vectors, result = values(self, *given)
+        vectors, result, why = values(self, *given)
         there = self.outputs(*given[:2])
         found.append(there + vectors)
-        return vectors, result
+        return vectors, result, why
 
     monkeypatch.setattr(KeyValues, "values", spied)
     editor = RomeEditor(host, CONFIG)
@@ -118,7 +118,7 @@ def test_the_vector_stays_within_the_clamp(host):
     editor = RomeEditor(host, config)
     module, site = editor.modules[0], editor.sites[0]
     asked = KeyValues(host, editor.encoder, config, [TOWER], seed=0)
-    vectors, result = asked.values({}, module, site, None)
+    vectors, result, _ = asked.values({}, module, site, None)
     length = asked.outputs({}, module).norm()
     assert float(vectors.norm()) == pytest.approx(0.5 * float(length), rel=1e-9)
     assert len(result.losses) == 4
@@ -130,3 +130,29 @@ def test_settings_out_of_range_are_refused(host):
             dataclasses.replace(CONFIG, **settings)
     with pytest.raises(ConfigError, match="layer 3 is out of range"):
         RomeEditor(host, dataclasses.replace(CONFIG, layer=3))
+
+
+@pytest.mark.parametrize(("layer", "why"), [(0, "its first block is edited inside"), (1, None)])
+def test_the_outcome_says_whether_the_whole_host_was_run(host, layer, why):
+    outcome = RomeEditor(host, dataclasses.replace(CONFIG, layer=layer)).apply(EditRequest((TOWER,)))
+    assert outcome.why_full == why
+
+
+def test_reading_a_key_runs_nothing_above_and_leaves_nothing_behind(host):
+    module, blocks = down_projection(host.model, 1), host.model.model.layers
+    shown = []
+    handles = [
+        block.register_forward_hook(lambda *_, layer=layer: shown.append(layer))
+        for layer, block in enumerate(blocks)
+    ]
+    try:
+        edits = KeyValues(host, Encoder.for_host(host), CONFIG, [TOWER], seed=0)
+        averaged, alone = edits.keys({}, module)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert shown == [0]  # the second breaks off inside
+    assert averaged.shape == alone.shape
+    assert not any(one._forward_hooks or one._forward_pre_hooks for one in host.model.modules())
+    ids = torch.tensor([Encoder.for_host(host).prompt(TOWER.prompt)])
+    assert host.model(ids).logits.shape[:2] == ids.shape  # and the host runs to its end again

@@ -1,7 +1,7 @@
 """Ways of running a host on the texts of an edit, for training: what it predicts where target tokens come.
 
 `FullPass` runs the whole host over the whole of every text. `SuffixPass` (`suffix.py`) gives the same
-numbers for a fraction of the work. A loop that trains knows only `TargetPass`.
+numbers for a fraction of the work. A loop that trains knows only `TargetPass`, or `Predicting`.
 """
 
 import logging
@@ -86,7 +86,7 @@ class Pass(TargetPass, Protocol):
     state_offsets: Int[Tensor, " state"]
 
     def states(self) -> Mapping[Site, Float[Tensor, "state d_model"]]:
-        """States of the unedited host at the edited tokens."""
+        """States at the edited tokens, under patches and no other edit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +129,7 @@ class FullPass:
         sites: Where states are wanted; without any, none are recorded.
 
     Attributes:
+        edited: The model that it runs; what is patched in it is in force.
         targets: The target tokens, `[token]`.
         rows: The text of each, `[token]`.
         columns: Where in the batch each is predicted, `[token]`.
@@ -155,8 +156,8 @@ class FullPass:
         self.batch = encoder.pad(inputs, n_prompt, side="right", device=device)
         where = Targets.of(texts, device)
         self.rows, self.targets = where.rows, where.ids
-        # The host computes logits for these positions of every row, and for no others.
         self.n_left_out = torch.zeros_like(self.batch.n_prompt_tokens)
+        # The host computes logits for these positions of every row, and for no others.
         self.columns = self.batch.n_prompt_tokens[where.rows] - 1 + where.offsets
         self._keep, self._kept = torch.unique(self.columns, return_inverse=True)
         window = self.edited.window(
@@ -181,14 +182,16 @@ class FullPass:
         return Predictions(logits, {site: seen.at(site) for site in self.sites}, self.state_rows)
 
     def states(self) -> Mapping[Site, Float[Tensor, "state d_model"]]:
-        """States of the unedited host at the edited tokens."""
+        """States at the edited tokens, under patches and no other edit."""
         with torch.no_grad():
             return self({}).states
 
     def select(self, rows: Int[Tensor, " kept"]) -> "FullPass":
         """The same on some of the texts."""
         texts = [self._texts[row] for row in rows.tolist()]
-        return FullPass(self._host, self._encoder, self.edited.positions, texts, self.sites)
+        found = FullPass(self._host, self._encoder, self.edited.positions, texts, self.sites)
+        found.edited.patches = self.edited.patches
+        return found
 
 
 def show_prompts(
@@ -235,7 +238,8 @@ def why_full(
 
     It is tried out against the full pass, on two prompts of unequal length that begin alike, so that there
     are prefixes, shared ones, and padding among them: once for a host, the first edited layer, and what
-    others have hung on the host. What broke off for a reason that may pass is tried again.
+    others have hung on the host. Patches of single modules make no difference. What broke off for a reason
+    that may pass is tried again.
     """
     from baft.hosts.suffix import LEAST_SHARED, SuffixPass
 

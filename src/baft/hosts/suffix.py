@@ -50,7 +50,7 @@ class SuffixPass:
         sites: Where states are wanted; the first must be the lowest layer that is edited, or the one below
             the lowest that has a module patched.
         reach: How many of a prompt's last tokens patches may act on; those that are edited if left out.
-        patches: What is in force already, below the first site too.
+        patches: What is in force already, below the first site too; what acts on every token alike.
 
     Raises:
         UnsupportedHostError: If the host does not keep keys and values as this pass needs them.
@@ -124,7 +124,7 @@ class SuffixPass:
         return Predictions(logits, {site: seen.at(site) for site in self.sites}, self.state_rows)
 
     def states(self) -> Mapping[Site, Float[Tensor, "state d_model"]]:
-        """States of the unedited host at the edited tokens."""
+        """States at the edited tokens under the patches that were given, and no other edit."""
         return self._states
 
     def select(self, rows: Int[Tensor, " kept"]) -> "SuffixPass":
@@ -195,13 +195,14 @@ def quickest_pass(
         positions: Which tokens are edited.
         texts: Prompts with their targets.
         sites: Where states are wanted, as in `SuffixPass`; none if the host's first block is patched.
-        reach: How many of a prompt's last tokens patches may act on; those that are edited if left out.
-        patches: What is in force already.
+        reach: Where modules are patched, and no states are wanted: how many of a prompt's last tokens
+            patches may act on.
+        patches: What is in force already; what acts on every token alike.
     """
     why = why_full(host, encoder, positions, texts, sites) if sites else "its first block is edited inside"
     if why is None:
         return SuffixPass(host, encoder, positions, texts, sites, reach=reach, patches=patches), None
-    whole = FullPass(host, encoder, positions, texts, sites)
+    whole = FullPass(host, encoder, positions, texts, sites if reach is None else ())
     whole.edited.patches = patches or {}
     return whole, why
 

@@ -97,6 +97,7 @@ class InsertingEditor(LowRankEditor):
         state: State,
         results: Sequence[TrainingResult],
         began: float,
+        why_full: str | None,
     ) -> EditOutcome:
         """How a request went: the descents as they were, the margins as they are with the table in force."""
         asked = KeyValues(self.host, self.encoder, self.config, request.edits, seed=self.seed)
@@ -108,6 +109,7 @@ class InsertingEditor(LowRankEditor):
             n_steps=sum(result.n_steps for result in results),
             stopped=max(results, key=lambda result: result.n_steps).stopped,
             seconds_s=time.monotonic() - began,
+            why_full=why_full,
         )
 
 
@@ -171,11 +173,11 @@ class SpreadEditor(InsertingEditor):
         edits = KeyValues(self.host, self.encoder, config, request.edits, seed=self.seed)
         starts = range(0, len(request.edits), config.edits_at_once)
         steps = Steps(on_step, config.max_steps * len(starts))
-        vectors = []
+        vectors, why = [], None
         for start in starts:
             chunk = request.edits[start : start + config.edits_at_once]
             some = KeyValues(self.host, self.encoder, config, chunk, seed=self.seed)
-            found, result = some.values(before, block, last, steps)
+            found, result, why = some.values(before, block, last, steps)
             vectors.append(found.to("cpu", torch.float64))
             steps.results.append(result)
         wanted = edits.outputs(before, block) + torch.cat(vectors)
@@ -187,7 +189,7 @@ class SpreadEditor(InsertingEditor):
             down = self.solve(site.layer, keys, state)
             made |= self.pair(f"layer{site.layer}", residuals.T, down)
             made |= self.more(site.layer, keys)
-        return made, self.outcome(request, made, steps.results, began)
+        return made, self.outcome(request, made, steps.results, began, why)
 
     def _name_of(self, site: Site) -> str:
         block = find_architecture(self.host.model).block(site)

@@ -214,8 +214,10 @@ class KeyValues:
 
     def values(
         self, patches: Mapping[str, Patch], module: str, site: Site, on_step: OnStep | None
-    ) -> tuple[Float[Tensor, "edit d_out"], TrainingResult]:
+    ) -> tuple[Float[Tensor, "edit d_out"], TrainingResult, str | None]:
         """The vectors that make the host say the targets, added to a module's output, and how it went.
+
+        Last comes why every step ran the whole host, or None if it did not have to.
 
         All edits are trained side by side, each on its own vector: Adam looks at every number by itself, so
         that is as one by one, but that the stop rule is that of all of them.
@@ -233,15 +235,18 @@ class KeyValues:
         there = self.outputs(patches, module)
         lengths = there.norm(dim=-1).to(site_device(model, site), intervention_dtype(model))
         vectors = lengths.new_zeros(there.shape).requires_grad_()
-        same = [[essence(self._encoder, edit)] for edit in self.edits]
-        with torch.no_grad():
-            before = torch.log_softmax(_logits(self._pass(same, patches)({})), -1)
-        rows = [[*trained, *kept] for trained, kept in zip(self._trained, same, strict=True)]
-        shown = _AllButLast(self._pass_above(rows, patches, module, site, vectors), rows)
+        rows = [
+            [*trained, essence(self._encoder, edit)]
+            for trained, edit in zip(self._trained, self.edits, strict=True)
+        ]
+        run, why = self._pass_above(rows, patches, module, site, vectors)
+        shown, before = _AllButLast(run, rows), None
 
         def loss(cross_entropy: Float[Tensor, ""], seen: Predictions) -> Float[Tensor, ""]:
+            nonlocal before
             decay = (vectors.norm(dim=-1) / lengths.square()).mean().to(cross_entropy)
-            now = torch.log_softmax(shown.last.to(before.dtype), -1)
+            now = torch.log_softmax(shown.last.to(torch.promote_types(shown.last.dtype, torch.float32)), -1)
+            before = now.detach() if before is None else before  # at the first step nothing is added yet
             apart = (now.exp() * (now - before)).sum(-1).mean().to(cross_entropy)
             return cross_entropy + config.kl_weight * apart + config.weight_decay * decay
 
@@ -250,7 +255,7 @@ class KeyValues:
             vectors.mul_(most.clamp(max=1.0).unsqueeze(-1))
 
         result = Descent([vectors], config, loss, hold).run(shown, on_step)
-        return vectors.detach(), result
+        return vectors.detach(), result, why
 
     @torch.no_grad()
     def margins(self, patches: Mapping[str, Patch]) -> tuple[float, ...]:
@@ -275,14 +280,14 @@ class KeyValues:
         module: str,
         site: Site,
         vectors: Float[Tensor, "edit d_out"],
-    ) -> Pass:
+    ) -> tuple[Pass, str | None]:
         """The host on some texts, with the edits' vectors added to what a module puts out.
 
         Tokens before the first of the places are not run again at every step, nor are blocks below.
         """
         flat = [one for of_edit in rows for one in of_edit]
         reach = max(len(one.text.prompt_ids) - one.place for one in flat)
-        shown, _ = quickest_pass(
+        shown, why = quickest_pass(
             self._host,
             self._encoder,
             _EVERYWHERE,
@@ -294,7 +299,7 @@ class KeyValues:
         edits, places = _where(rows, vectors.device)
         added = AddAt(vectors, edits, places - shown.n_left_out.to(places.device))
         shown.edited.patches = with_patch(patches, module, added)
-        return shown
+        return shown, why
 
     @torch.no_grad()
     def _read(self, patches: Mapping[str, Patch], module: str, rows: Rows) -> list[tuple[Tensor, Tensor]]:
@@ -343,10 +348,6 @@ class _AllButLast:
         seen = self._run(parts, own)
         self.last = seen.logits[self._is_last]
         return Predictions(seen.logits[~self._is_last], seen.states, seen.state_rows)
-
-
-def _logits(seen: Predictions) -> Float[Tensor, "token vocab"]:
-    return seen.logits.to(torch.promote_types(seen.logits.dtype, torch.float32))
 
 
 def _where(rows: Rows, device: torch.device) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:

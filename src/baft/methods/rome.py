@@ -94,19 +94,19 @@ class RomeEditor(InsertingEditor):
         """Inserts one edit after the other."""
         began = time.monotonic()
         site, module = self.sites[0], self.modules[self.sites[0].layer]
-        made, pairs = dict(state), []
+        made, pairs, why = dict(state), [], None
         steps = Steps(on_step, self.config.max_steps * len(request.edits))
         for edit in request.edits:
             now = self.patches(made)
             one = KeyValues(self.host, self.encoder, self.config, [edit], seed=self.seed)
-            vectors, result = one.values(now, module, site, steps)
+            vectors, result, why = one.values(now, module, site, steps)
             averaged, alone = one.keys(now, module)
             moments = self.regularized_moments(site.layer)
             pairs.append(insertion(moments, averaged[0], alone[0], vectors[0].to("cpu", torch.float64)))
             up, down = (torch.stack(parts) for parts in zip(*pairs, strict=True))
             made |= self.pair(f"layer{site.layer}", up.T, down)
             steps.results.append(result)
-        return made, self.outcome(request, made, steps.results, began)
+        return made, self.outcome(request, made, steps.results, began, why)
 
 
 def insertion(
