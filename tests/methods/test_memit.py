@@ -119,8 +119,8 @@ def test_a_host_whose_blocks_give_tuples():
     caught = []
     handle = model.transformer.h[1].register_forward_hook(lambda *args: caught.append(type(args[-1])))
     try:
-        editor = MemitEditor(host, dataclasses.replace(CONFIG, layers=(0, 1), max_steps=60, moments_weight=1e-3))
-        outcome = editor.apply(EditRequest(EDITS[:1]))
+        config = dataclasses.replace(CONFIG, layers=(0, 1), max_steps=60, moments_weight=1e-3)
+        outcome = MemitEditor(host, config).apply(EditRequest(EDITS[:1]))
     finally:
         handle.remove()
     assert tuple in caught
