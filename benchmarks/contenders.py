@@ -88,7 +88,7 @@ class WholeEdit:
 
     def __call__(self, number: int) -> float:
         """Seconds of one edit."""
-        held = mock.patch("baft.methods.baft.why_full", return_value="it is measured")
+        held = mock.patch("baft.hosts.suffix.why_full", return_value="it is measured")
         with held if self.full else contextlib.nullcontext():
             began = time.perf_counter()
             outcome = self.editor.apply(self.work.request(number))

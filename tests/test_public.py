@@ -24,6 +24,7 @@ MODEL = [
     "merge",
     "method",
     "push_to_hub",
+    "refit",
     "remove",
     "save",
     "tokenizer",

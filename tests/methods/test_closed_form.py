@@ -7,9 +7,11 @@ import torch
 
 from baft.hosts.architecture import Site
 from baft.hosts.background import Background, Slot
+from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import EncodedEdit
 from baft.methods.baft_config import BaftConfig
 from baft.methods.closed_form import ClosedFormGates, edit_keys, key_slots
+from tiny import shared_host
 
 D, SITE = 24, Site(0)
 # What the tests know of the settings, whatever the defaults are.
@@ -167,7 +169,8 @@ def test_which_states_are_keys():
     of_state, columns = mask.nonzero().unbind(-1)
 
     class Seen:
-        targets = rows = torch.zeros(0, dtype=torch.long)
+        edited = EditedModel(shared_host("llama"))
+        targets = rows = n_left_out = torch.zeros(0, dtype=torch.long)
         state_rows = of_state
         state_offsets = columns - torch.tensor([len(text.prompt_ids) for text in texts])[of_state]
 
