@@ -6,6 +6,9 @@ before the edited ones (the prefix), and the output of the first edited block at
 step then runs the blocks above that one, over the edited tokens alone, and the head only where a target
 token is predicted (METHOD.md, section 4).
 
+Where modules inside a block are patched, all this begins at the block below, and at the first token of a
+prompt on which a patch may act.
+
 No architecture is written down here: a step calls the host's own forward on a shallow copy of it, in which
 the blocks up to the first edited one hand the trunk through, and the cache hands out the prefix.
 """
