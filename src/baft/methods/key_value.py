@@ -262,16 +262,11 @@ class KeyValues:
         """The smallest lead of any target token of each edit over the best other, for the prompt alone."""
         found: list[float] = []
         for start in range(0, len(self._alone), _ROWS):
-            shown = self._pass(self._alone[start : start + _ROWS], patches)
+            texts = [one.text for [one] in self._alone[start : start + _ROWS]]
+            shown = FullPass(self._host, self._encoder, _EVERYWHERE, texts, ())
+            shown.edited.patches = patches
             found += row_margins(shown({}).logits, shown).tolist()
         return tuple(found)
-
-    def _pass(self, rows: Rows, patches: Mapping[str, Patch]) -> FullPass:
-        """The host on some texts."""
-        texts = [one.text for of_edit in rows for one in of_edit]
-        shown = FullPass(self._host, self._encoder, _EVERYWHERE, texts, ())
-        shown.edited.patches = patches
-        return shown
 
     def _pass_above(
         self,

@@ -36,7 +36,6 @@ from baft.hosts.encoding import EncodedEdit
 from baft.hosts.models import Host
 from baft.hosts.passes import FullPass
 from baft.hosts.patches import Patch, Seen, up_projection, weight_shape
-from baft.hosts.suffix import quickest_pass, sites_below
 from baft.methods.adapters import seeded
 from baft.methods.base import EditOutcome, OnStep
 from baft.methods.descent import Descent
@@ -163,9 +162,7 @@ class MeloEditor(StatefulEditor):
         config = self.config
         texts = renderings(self.encoder, request.edits, chat=config.chat, eos=config.train_eos)
         database = self._noted(FullPass(self.host, self.encoder, self.positions, texts, ()), texts, state)
-        reach = max(len(text.prompt_ids) for text in texts)
-        below = sites_below(self.sites[0])
-        shown, why = quickest_pass(self.host, self.encoder, self.positions, texts, below, reach=reach)
+        shown, why = self.pass_over(texts)
         block = {name: self._first(name) for name in self.modules}
         shown.edited.patches = {name: _Block(*pair, config.scale) for name, pair in block.items()}
         parameters = [one for pair in block.values() for one in pair]

@@ -201,6 +201,16 @@ class StatefulEditor(Editor):
             self._put()
             raise
 
+    def pass_over(self, texts: Sequence[EncodedEdit]) -> tuple[Pass, str | None]:
+        """The cheapest pass over some texts, where modules of the sites are patched; why it is the whole one.
+
+        Args:
+            texts: Prompts with their targets.
+        """
+        below = sites_below(min(self.sites))
+        reach = max(len(text.prompt_ids) for text in texts)
+        return quickest_pass(self.host, self.encoder, self.positions, texts, below, reach=reach)
+
 
 class DownProjectionEditor(StatefulEditor):
     """A method that edits what one block's down-projection puts out.
@@ -230,16 +240,6 @@ class DownProjectionEditor(StatefulEditor):
     def device(self) -> torch.device:
         """Where the block computes."""
         return site_device(self.host.model, self.sites[0])
-
-    def pass_over(self, texts: Sequence[EncodedEdit]) -> tuple[Pass, str | None]:
-        """The cheapest pass over some texts in which the module may be patched, and why it is the whole one.
-
-        Args:
-            texts: Prompts with their targets.
-        """
-        below = sites_below(self.sites[0])
-        reach = max(len(text.prompt_ids) for text in texts)
-        return quickest_pass(self.host, self.encoder, self.positions, texts, below, reach=reach)
 
 
 class AdditiveEditor(StatefulEditor):
