@@ -240,7 +240,7 @@ class KeyValues:
             for trained, edit in zip(self._trained, self.edits, strict=True)
         ]
         run, why = self._pass_above(rows, patches, module, site, vectors)
-        shown, before = _AllButLast(run, rows), None
+        shown, before = AllButLast(run, rows), None
 
         def loss(cross_entropy: Float[Tensor, ""], seen: Predictions) -> Float[Tensor, ""]:
             nonlocal before
@@ -315,7 +315,7 @@ class KeyValues:
         return list(zip(*both, strict=True))
 
 
-class _AllButLast:
+class AllButLast:
     """A pass whose last text of each edit is set apart: its predictions are no targets.
 
     Args:
