@@ -2,6 +2,8 @@
 
     python benchmarks/bank_scale.py --edits 10000 --json bank_scale.json
 
+With `--keep all.baft` the edits are made in the first run alone, which takes minutes.
+
 The edits are found by real keys, of prompts of the project's own text about as many made-up facts; their
 bases are random. Edits with and without the others in force are alternated, each on a model of its own, as
 are replies of the same length: to ordinary prompts, on which none of them acts, and to prompts of theirs.
@@ -21,6 +23,8 @@ import torch
 import baft
 from baft.hosts.background import background_text
 from baft.hosts.edited_model import EditedModel
+from baft.hosts.encoding import Encoder
+from baft.hosts.models import load_host
 from baft.methods.bank import BankEditor
 from baft.scope.text import ScopeText
 from baft.types import Edit, EditRequest
@@ -73,14 +77,21 @@ class OneMore:
     Args:
         model: The model.
         edits: Round `i` makes the i-th.
+        path: Where all edits are saved then, within the time; None leaves that out.
     """
 
-    def __init__(self, model: baft.Model, edits: list[Edit]):
-        self.model, self.edits = model, edits
+    def __init__(self, model: baft.Model, edits: list[Edit], path: Path | None = None):
+        self.model, self.edits, self.path = model, edits, path
 
     def __call__(self, number: int) -> float:
-        """Seconds of one call of `Model.edit`, report included."""
-        took = timed(lambda: self.model.edit(self.edits[number % len(self.edits)]))
+        """Seconds of one call of `Model.edit`, report included, and of saving."""
+
+        def work() -> None:
+            self.model.edit(self.edits[number % len(self.edits)])
+            if self.path is not None:
+                self.model.save(self.path)
+
+        took = timed(work)
         self.model.undo()
         return took
 
@@ -92,6 +103,18 @@ def once(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - began, found
 
 
+def many(n: int, pair: Any, path: Path) -> float:
+    """Saves so many edits; how many seconds that took."""
+    full = baft.load(pair)
+    full.edit(edits_of_our_text(1, seed=2)[0])
+    editor = full._editor
+    assert isinstance(editor, BankEditor), "it is the default"
+    held = edits_of_our_text(n, seed=0)
+    fill(editor, held)
+    full._put_in_force(editor, "default", tuple((True,) for _ in held))
+    return once(lambda: full.save(path))[0]
+
+
 def measure(args: argparse.Namespace, sheet: Sheet) -> dict[str, Any]:
     """One more edit, generation, and the way to disk and back."""
     torch.set_num_threads(args.threads)
@@ -99,49 +122,53 @@ def measure(args: argparse.Namespace, sheet: Sheet) -> dict[str, Any]:
     plain = baft.load(args.model)
     pair = (plain.host, plain.tokenizer)
     n = min(args.edits, 20) if args.quick else args.edits
-    *held, _ = everything = edits_of_our_text(n + 1, seed=0)
-    new = edits_of_our_text(rounds + 2, seed=1)
-    sheet.tell(f"keys of {n} edits")
-    first = new.pop()
-    full = baft.load(pair)
-    full.edit(first)
-    editor = full._editor
-    assert isinstance(editor, BankEditor), "it is the default"
+    new = edits_of_our_text(rounds + 1, seed=1)
+    to = {}
     with tempfile.TemporaryDirectory() as folder:
-        fill(editor, held)
-        full._put_in_force(editor, "default", tuple((True,) for _ in held))
-        saved_s, path = once(lambda: full.save(Path(folder) / "all.baft"))
-        n_bytes = sum(file.stat().st_size for file in path.iterdir())
-        loaded_s, full = once(lambda: baft.load(path, host=pair))
-        removed_s, _ = once(lambda: full.remove(held[n // 2].id))
-    router = full._edited.router
-    encoder = editor.encoder
-    rows = [encoder.prompt(text) for text in (*background_text()["canaries"], "7 8 9")]
-    silent = [row for row in rows if router is not None and router([row]) is None]
-    acting = [encoder.prompt(edit.prompt) for edit in held[: len(rows)]]
-    runs = {
-        "host, none acts": Generation(EditedModel(plain.host), silent, n_new, encoder.pad_id),
-        "all, none acts": Generation(full._edited, silent, n_new, encoder.pad_id),
-        "host, one acts": Generation(EditedModel(plain.host), acting, n_new, encoder.pad_id),
-        "all, one acts": Generation(full._edited, acting, n_new, encoder.pad_id),
-    }
-    adding = {"edit 1": OneMore(plain, new), f"edit {n}": OneMore(full, new)}
-    for contenders in (adding, runs):
-        sheet.tell("every contender once, not counted")
-        alternate(contenders, 1)
-    took = alternate(adding, rounds, tell=sheet.tell) | alternate(runs, rounds, tell=sheet.tell)
+        path = Path(folder) / "all.baft" if args.keep is None else args.keep
+        if not path.exists():
+            sheet.tell(f"keys of {n} edits")
+            to["save all"] = many(n, pair, path)
+        to["load"], full = once(lambda: baft.load(path, host=pair))
+        n_held, n_bytes = len(full.edits), sum(file.stat().st_size for file in path.iterdir())
+        if n_held != n:
+            raise SystemExit(f"{path} holds {n_held} edits, and {n} are asked for: give another --keep")
+        to["remove one"], _ = once(lambda: full.remove(full.edits[n // 2].edit.id))
+        router, encoder = full._edited.router, Encoder.for_host(load_host(pair))
+        rows = [encoder.prompt(text) for text in (*background_text()["canaries"], "7 8 9")]
+        silent = [row for row in rows if router is not None and router([row]) is None]
+        acting = [encoder.prompt(one.edit.prompt) for one in full.edits[: len(rows)]]
+        runs = {
+            "host, none acts": Generation(EditedModel(plain.host), silent, n_new, encoder.pad_id),
+            "all, none acts": Generation(full._edited, silent, n_new, encoder.pad_id),
+            "host, one acts": Generation(EditedModel(plain.host), acting, n_new, encoder.pad_id),
+            "all, one acts": Generation(full._edited, acting, n_new, encoder.pad_id),
+        }
+        adding = {"edit 1": OneMore(plain, new), f"edit {n}": OneMore(full, new)}
+        saving = {
+            "edit 1, saved": OneMore(plain, new, Path(folder) / "one.baft"),
+            f"edit {n}, saved": OneMore(full, new, Path(folder) / "more.baft"),
+        }
+        took: dict[str, list[float]] = {}
+        for contenders in (adding, saving, runs):
+            sheet.tell("every contender once, not counted")
+            alternate(contenders, 1)
+            took |= alternate(contenders, rounds, tell=sheet.tell)
     return {
         "n_edits": n,
-        "n_distinct_prompts": len({edit.prompt for edit in everything}),
+        "n_distinct_prompts": len({one.edit.prompt for one in full.edits}),
         "n_prompts_on_which_none_acts": f"{len(silent)} of {len(rows)}",
         "seconds": {name: summarize(values) for name, values in took.items()},
         "one more edit, with all / with none": summarize(ratios(took[f"edit {n}"], took["edit 1"])),
+        "one more edit and saving, with all / with none": summarize(
+            ratios(took[f"edit {n}, saved"], took["edit 1, saved"])
+        ),
         "tokens per s, with all / with none": {
             state: summarize(ratios(took[f"host, {state}"], took[f"all, {state}"]))
             for state in ("none acts", "one acts")
         },
         "bytes an edit": n_bytes / n,
-        "seconds to": {"save": saved_s, "load": loaded_s, "remove one": removed_s},
+        "seconds to": to,
     }
 
 
@@ -149,12 +176,15 @@ def main(argv: list[str] | None = None) -> int:
     """Measures, shows and writes."""
     made = parser(__doc__)
     made.add_argument("--edits", type=int, default=10_000, help="edits in force (default 10000)")
+    made.add_argument("--keep", type=Path, help="where the edits are kept for the next run (NAME.baft)")
     made.add_argument("--tokens", type=int, default=N_NEW, help=f"new tokens a turn (default {N_NEW})")
     args, sheet = made.parse_args(argv), Sheet()
     results = measure(args, sheet)
     rows = [(name, seconds(spread)) for name, spread in results["seconds"].items()]
     sheet.table(f"{args.model}, {results['n_edits']} edits", ("", "median (quartiles)"), rows)
     sheet.say(f"one more edit: {times(results['one more edit, with all / with none'])} the time of the first")
+    spread = results["one more edit and saving, with all / with none"]
+    sheet.say(f"one more edit, and all of them saved: {times(spread)} the time of the first")
     for state, spread in results["tokens per s, with all / with none"].items():
         sheet.say(f"{state}: {times(spread)} of the host's tokens per second")
     to = ", ".join(f"{name} {took:.1f} s" for name, took in results["seconds to"].items())

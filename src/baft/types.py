@@ -1,6 +1,5 @@
 """What an edit is, in plain data: no torch, no host."""
 
-import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -13,6 +12,8 @@ from baft.errors import InputError
 @dataclass(frozen=True, slots=True)
 class Edit:
     """One fact to change: after `prompt` the model shall say `target`, and stop.
+
+    Its `id` is 16 hex digits of the SHA-256 of its content.
 
     Args:
         prompt: The text that the target continues; a statement to be completed or a question.
@@ -33,6 +34,7 @@ class Edit:
     ground_truth: str | None = None
     rephrasings: tuple[str, ...] = ()
     neighbors: tuple[str, ...] = ()
+    id: str = field(init=False, repr=False, compare=False)  # kept, as it is asked for again and again
 
     def __post_init__(self) -> None:
         for name in ("prompt", "target"):
@@ -50,11 +52,8 @@ class Edit:
             if isinstance(texts, str) or not all(isinstance(one, str) and one.strip() for one in texts):
                 raise InputError(f"{name} must be several texts, none of them blank, got {texts!r}")
             object.__setattr__(self, name, tuple(texts))
-
-    @property
-    def id(self) -> str:
-        """Name of the edit: 16 hex digits of the SHA-256 of its content."""
-        return _id_of(self)
+        content = json.dumps(self.to_dict(), sort_keys=True).encode()
+        object.__setattr__(self, "id", hashlib.sha256(content).hexdigest()[:16])
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are set, as plain data."""
@@ -88,11 +87,6 @@ class Edit:
             return cls(**fields)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-
-
-@functools.lru_cache(maxsize=1 << 16)  # it is asked for again and again
-def _id_of(edit: Edit) -> str:
-    return hashlib.sha256(json.dumps(edit.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 DEFAULT_METHOD = "baft-bank"  # of edits, where none is named
@@ -131,6 +125,8 @@ class EditRequest:
 
 def replaced(requests: Sequence[EditRequest]) -> frozenset[str]:
     """The ids of the edits that a later one has taken the place of."""
+    if not any(request.replaces for request in requests):
+        return frozenset()
     seen: set[str] = set()
     found: set[str] = set()
     for request in requests:

@@ -159,7 +159,7 @@ def test_the_version_that_wrote_it_is_told(rome, tmp_path, monkeypatch):
         ({"state": {"R": torch.tensor([float("inf")])}}, "tensor 'R' holds NaN or infinity"),
         ({"state": {"R": torch.tensor([float("nan")]).to(torch.float8_e4m3fn)}}, "tensor 'R' holds NaN"),
         ({"state": {"\ud800": torch.ones(1)}}, "surrogates"),
-        ({"state": {"R": torch.ones(2, 2).to_sparse()}}, "memory format"),
+        ({"state": {"R": torch.ones(2, 2).to_sparse()}}, "sparse"),
         ({"memory": {"x": [float("nan")]}}, r"memory\.x\[0\]: expected a finite number"),
         ({"memory": {"x": {1}}}, r"memory\.x: expected text, a number"),
         ({"memory": {"x": {1: 2}}}, "expected texts as keys"),

@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 from huggingface_hub import close_session, constants
 
-from baft.artifact import StoredEdit, fetch_from_hub, is_artifact, push_to_hub, read, write
+from baft.artifact import CONFIG, StoredEdit, codec, fetch_from_hub, is_artifact, push_to_hub, read, write
 from baft.errors import ArtifactError, DamagedArtifactError
 from baft.types import Edit
-from edit_sets import FILES, HOST, names, same, small
+from edit_sets import FILES, HOST, independent, names, same, small
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -40,7 +40,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
             known = name in repos
-            repos.setdefault(name, [])
+            repos.setdefault(name, [{".gitattributes": b""}])
             self.server.private[name] = asked.get("visibility", asked.get("private"))
             self.answer(409 if known else 200, {"url": f"{self.server.url}/{name}"})
         elif "/preupload/" in path:
@@ -52,12 +52,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
         else:
             name = path.removeprefix("/api/models/").split("/commit/")[0]
             operations = [json.loads(line) for line in body.splitlines()]
-            found = {
-                one["value"]["path"]: base64.b64decode(one["value"]["content"])
-                for one in operations
-                if one["key"] == "file"
-            }
-            repos[name].append(found)
+            files = dict(repos[name][-1])
+            for one in operations:
+                if one["key"] == "file":
+                    files[one["value"]["path"]] = base64.b64decode(one["value"]["content"])
+                elif one["key"] == "deletedFile":
+                    del files[one["value"]["path"]]
+            repos[name].append(files)
             commit = f"{len(repos[name]):040x}"
             self.answer(200, {"commitUrl": f"{self.server.url}/{name}/commit/{commit}", "commitOid": commit})
 
@@ -119,24 +120,44 @@ def hub(tmp_path, monkeypatch):
 
 def test_pushed_and_fetched(rome, hub, capfd):
     address = push_to_hub(rome, "me/rome", token="good", private=True)
-    assert address == f"{hub.url}/me/rome/commit/{1:040x}"
+    assert address == f"{hub.url}/me/rome/commit/{2:040x}"
     assert hub.private["me/rome"] in (True, "private")  # as older and newer clients put it
-    assert hub.repos["me/rome"][0].keys() == FILES | {"README.md"}
+    assert hub.repos["me/rome"][-1].keys() == FILES | {"README.md", ".gitattributes"}
     push_to_hub(write(rome, small(seed=8)), "me/rome", token="good")  # the repository is there already
     latest = fetch_from_hub("me/rome")
     assert is_artifact(latest)
     assert names(latest) == FILES  # the card is not asked for
     assert same(read(latest), small(seed=8))
-    assert same(read(fetch_from_hub("me/rome", revision=f"{1:040x}", token="good")), small())
+    assert same(read(fetch_from_hub("me/rome", revision=f"{2:040x}", token="good")), small())
     constants.HF_HUB_OFFLINE = True  # what was fetched stays; the fixture puts it back
     assert same(read(fetch_from_hub("me/rome")), small(seed=8))
     assert capfd.readouterr() == ("", "")
 
 
+def test_every_piece_is_pushed_and_fetched(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(codec, "PIECE_BYTES", 64)
+    path = write(tmp_path / "many.baft", independent(*((f"{i} is", "x") for i in range(4))))
+    assert len(names(path)) > 4
+    push_to_hub(path, "me/many", token="good")
+    found = fetch_from_hub("me/many")
+    assert names(found) == names(path)
+    assert same(read(found), read(path))
+    hub.repos["me/many"][-1]["state_dict.safetensors"] = b"another's"
+    push_to_hub(write(path, small()), "me/many", token="good")  # of fewer pieces
+    assert hub.repos["me/many"][-1].keys() == FILES | {
+        "README.md",
+        ".gitattributes",
+        "state_dict.safetensors",
+    }
+    found = fetch_from_hub("me/many")
+    assert names(found) == names(path)
+    assert same(read(found), small())
+
+
 def test_the_card_tells_what_is_in_it(rome, hub):
     push_to_hub(rome, "me/rome", token="good")
     (card,) = hub.cards
-    assert card == hub.repos["me/rome"][0]["README.md"].decode()
+    assert card == hub.repos["me/rome"][-1]["README.md"].decode()
     assert card.startswith(
         "---\nlibrary_name: baft\ntags: [baft, knowledge-editing]\nbase_model: owner/tiny\n---\n"
     )
@@ -154,7 +175,7 @@ def test_where_the_host_lies_on_this_machine_stays_on_it(tmp_path, hub, source):
     push_to_hub(path, "me/x", token="good")
     found = read(fetch_from_hub("me/x"))  # whose checksums are right
     assert same(found, replace(made, host=replace(HOST, name="own llama"), host_source=""))
-    pushed = hub.repos["me/x"][0]
+    pushed = hub.repos["me/x"][-1]
     assert not [name for name, raw in pushed.items() if source.encode() in raw]
     assert b"# 2 knowledge edits for own llama\n" in pushed["README.md"]
     assert b'baft.load_from_hub("me/x", host=...)\n' in pushed["README.md"]
@@ -167,8 +188,13 @@ def test_where_the_host_lies_on_this_machine_stays_on_it(tmp_path, hub, source):
 
 def test_what_tells_no_path_is_pushed_as_it_is(rome, hub):
     push_to_hub(rome, "me/rome", token="good")
-    pushed = hub.repos["me/rome"][0]
-    assert {name: pushed[name] for name in FILES} == {name: (rome / name).read_bytes() for name in FILES}
+    pushed = hub.repos["me/rome"][-1]
+    for name in FILES - {CONFIG}:
+        assert pushed[name] == (rome / name).read_bytes()
+    there, here = json.loads(pushed[CONFIG]), json.loads((rome / CONFIG).read_bytes())
+    for one in (there, here):  # it is written anew
+        del one["created"], one["sha256"]
+    assert there == here
 
 
 def test_a_long_card_is_cut(tmp_path, hub):

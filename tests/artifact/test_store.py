@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import os
 import shutil
@@ -5,13 +6,14 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from baft.artifact import is_artifact, read, store, write
+from baft.artifact import codec, is_artifact, read, store, write
 from baft.errors import ArtifactError, BaftError, DamagedArtifactError
-from edit_sets import FILES, names, same, small
+from edit_sets import FILES, independent, names, same, small
 
 
 def contents(folder):
@@ -114,7 +116,7 @@ class Steps:
 
     def __init__(self, monkeypatch, fail_at, failure, for_good):
         self.n, self.fail_at, self.failure, self.for_good = 0, fail_at, failure, for_good
-        for name in ("rename", "mkdir", "fsync"):
+        for name in ("rename", "mkdir", "fsync", "link"):
             monkeypatch.setattr(os, name, self.counted(getattr(os, name)))
         monkeypatch.setattr(shutil, "rmtree", self.rmtree)
         monkeypatch.setattr(Path, "open", lambda *arguments: self.open(*arguments))
@@ -264,6 +266,29 @@ def test_a_kill_leaves_the_old_or_the_new(tmp_path, monkeypatch, replaces, next_
     assert n_missing or not replaces  # the step where only the backup is left was among them
 
 
+def test_a_kill_of_an_append_leaves_the_old_or_the_new(tmp_path, monkeypatch):
+    monkeypatch.setattr(codec, "PIECE_BYTES", 64)
+    texts = [(f"{i} is", "x") for i in range(5)]
+    old, new = independent(*texts[:4]), independent(*texts)
+    outcomes, linked, real = set(), [], os.link
+    monkeypatch.setattr(os, "link", lambda *paths: linked.append(paths) or real(*paths))
+    for fail_at in range(1, 200):
+        path = tmp_path / str(fail_at) / "x.baft"
+        path.parent.mkdir()
+        write(path, old)
+        found = read(path)
+        grown = replace(new, state={**new.state, **found.state}, pieces=found.pieces)
+        with monkeypatch.context() as patch:
+            steps = Steps(patch, fail_at, Killed(), for_good=True)
+            with contextlib.suppress(Killed):
+                write(path, grown)
+        outcomes.add((same(read(path), old), same(read(path), new)))
+        if steps.n < fail_at:
+            break
+    assert outcomes == {(True, False), (False, True)}
+    assert len(linked) > 10
+
+
 def test_the_newest_backup_is_read_even_where_nothing_can_be_moved(rome, tmp_path, monkeypatch):
     write(tmp_path / "new.baft", small(seed=8))
     rome.rename(tmp_path / ".rome.baft.old-1700000000000000000-01234567")
@@ -366,7 +391,7 @@ def test_others_who_never_stop(rome, monkeypatch):
     assert same(read(rome), small())
     (rome / "config.json").write_text("{")
     stamps = iter((n, n) for n in range(10**6))
-    monkeypatch.setattr(store, "_stamp", lambda folder: next(stamps))
+    monkeypatch.setattr(store, "_version", lambda folder: next(stamps))
     with pytest.raises(ArtifactError, match="others write it all the time: try again"):
         read(rome)
 

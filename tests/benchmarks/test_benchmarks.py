@@ -189,10 +189,15 @@ def test_generate_speed(host_folder, data, tmp_path):
 
 @pytest.mark.slow
 def test_bank_scale(host_folder, tmp_path):
-    results = quick("bank_scale", tmp_path, "--model", host_folder)
-    assert results["n_edits"] == results["n_distinct_prompts"] - 1 == 20
+    kept = tmp_path / "all.baft"
+    results = quick("bank_scale", tmp_path, "--model", host_folder, "--keep", kept)
+    assert set(results["seconds to"]) == {"save all", "load", "remove one"}
+    written = {file.name: file.stat().st_mtime_ns for file in kept.iterdir()}
+    results = quick("bank_scale", tmp_path, "--model", host_folder, "--keep", kept)
+    assert results["n_edits"] == results["n_distinct_prompts"] + 1 == 20  # one was removed
     assert set(results["tokens per s, with all / with none"]) == {"none acts", "one acts"}
-    assert set(results["seconds to"]) == {"save", "load", "remove one"}
+    assert set(results["seconds to"]) == {"load", "remove one"}
+    assert {file.name: file.stat().st_mtime_ns for file in kept.iterdir()} == written
 
 
 @pytest.mark.slow

@@ -1,25 +1,35 @@
-"""An edit set on disk: a folder `NAME.baft/` of three files, none of which can execute anything.
+"""An edit set on disk: a folder `NAME.baft/` of plain files, none of which can execute anything.
 
     config.json         what made the edits, on which host, and the checksums of everything
     edits.jsonl         one edit a line, in the order in which they were made
-    state.safetensors   the tensors that the edits added
+    state.safetensors   the tensors that the edits added; of many edits the first 4 MB, and so on in
+                        state-1.safetensors, ...
 
 The `codec` knows these files, the `store` keeps them in their folder, and the `hub` shares them.
 """
 
 from baft.artifact.algebra import memory_of, merge, subset, without
-from baft.artifact.codec import CONFIG, EDITS, FILES, SCHEMA_VERSION, STATE, EditSet, StoredEdit
+from baft.artifact.codec import (
+    CONFIG,
+    EDITS,
+    PIECE_BYTES,
+    SCHEMA_VERSION,
+    EditSet,
+    Piece,
+    StoredEdit,
+    state_file,
+)
 from baft.artifact.hub import fetch_from_hub, push_to_hub
-from baft.artifact.store import SUFFIX, delete, is_artifact, read, write
+from baft.artifact.store import SUFFIX, delete, is_artifact, read, save, write
 
 __all__ = [
     "CONFIG",
     "EDITS",
-    "FILES",
+    "PIECE_BYTES",
     "SCHEMA_VERSION",
-    "STATE",
     "SUFFIX",
     "EditSet",
+    "Piece",
     "StoredEdit",
     "delete",
     "fetch_from_hub",
@@ -28,6 +38,8 @@ __all__ = [
     "merge",
     "push_to_hub",
     "read",
+    "save",
+    "state_file",
     "subset",
     "without",
     "write",

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from baft.artifact.codec import CONFIG, FILES, EditSet, with_host
-from baft.artifact.store import read_with_files
+from baft.artifact.codec import CONFIG, EDITS, EditSet, state_file
+from baft.artifact.store import SUFFIX, read, write
 from baft.errors import ArtifactError
 
 _N_LISTED = 200  # edits in a model card
+_PIECES = [state_file(0), "state-[1-9]*.safetensors"]
 _CARD = """---
 library_name: baft
 tags: [baft, knowledge-editing]
@@ -55,16 +56,22 @@ def push_to_hub(
     Raises:
         ArtifactError: If the artifact cannot be read, or the hub cannot be reached or refuses.
     """
-    edit_set, files = _without_paths(*read_with_files(Path(path)))
+    edit_set = _without_paths(read(path))
     from huggingface_hub import HfApi
 
-    with _hub(f"{path} could not be pushed to {repo_id}"), tempfile.TemporaryDirectory() as folder:
-        card = {"README.md": _model_card(edit_set, repo_id).encode()}
-        for name, content in (files | card).items():
-            Path(folder, name).write_bytes(content)
-        api = HfApi(token=token, library_name="baft")
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload the edits"))
+    with tempfile.TemporaryDirectory() as folder:
+        made = write(Path(folder, f"edits{SUFFIX}"), edit_set)
+        (made / "README.md").write_text(_model_card(edit_set, repo_id), encoding="utf-8")
+        with _hub(f"{path} could not be pushed to {repo_id}"):
+            api = HfApi(token=token, library_name="baft")
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=made,
+                commit_message="Upload the edits",
+                delete_patterns=_PIECES,  # of what was there before
+            )
+        return str(commit)
 
 
 def fetch_from_hub(repo_id: str, *, revision: str | None = None, token: str | None = None) -> Path:
@@ -76,8 +83,10 @@ def fetch_from_hub(repo_id: str, *, revision: str | None = None, token: str | No
     from huggingface_hub import snapshot_download
 
     with _hub(f"{repo_id} could not be fetched"):
-        found = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=list(FILES))
-    missing = [name for name in FILES if not Path(found, name).is_file()]
+        found = snapshot_download(
+            repo_id, revision=revision, token=token, allow_patterns=[CONFIG, EDITS, *_PIECES]
+        )
+    missing = [name for name in (CONFIG, EDITS, state_file(0)) if not Path(found, name).is_file()]
     if missing:
         raise ArtifactError(f"{repo_id} is no edit set: {missing[0]} is missing; check name and revision")
     return Path(found)
@@ -113,17 +122,14 @@ def _hub(failed: str) -> Iterator[None]:
             enable_progress_bars()
 
 
-def _without_paths(edit_set: EditSet, files: dict[str, bytes]) -> tuple[EditSet, dict[str, bytes]]:
+def _without_paths(edit_set: EditSet) -> EditSet:
     """Takes out where the host lies on this machine, which is nobody's business and loads it nowhere else."""
     name, source = edit_set.host.name, edit_set.host_source
     if _is_path(source):
         name, source = Path(source).name, ""
     elif _is_path(name):
         name = Path(name).name
-    else:
-        return edit_set, files
-    public = replace(edit_set, host=replace(edit_set.host, name=name), host_source=source)
-    return public, files | {CONFIG: with_host(files[CONFIG], name=name, source=source)}
+    return replace(edit_set, host=replace(edit_set.host, name=name), host_source=source)
 
 
 def _is_path(text: str) -> bool:
