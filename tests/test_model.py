@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 import baft
 from baft import Edit, EditReport
+from baft.artifact import codec
 from baft.errors import (
     ArtifactError,
     BaftError,
@@ -818,6 +819,18 @@ def test_a_damaged_artifact_is_refused(told, pair, tmp_path):
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(DamagedArtifactError, match="truncated"):
         baft.load(path, host=pair)
+
+
+def test_files_are_remembered_only_while_they_can_be_linked(model, pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(codec, "PIECE_BYTES", 64)
+    for method, lasts in (("reft", False), ("baft-bank", True)):
+        model.edit(*TOWER, **{**DULL, "method": method})
+        model.save(tmp_path / "set.baft")
+        again = baft.load(tmp_path / "set.baft", host=pair)
+        assert [bool(one._pieces) for one in (model, again)] == [lasts] * 2
+        for one in (model, again):
+            one.undo()
+            assert one._pieces == ()
 
 
 def test_what_cannot_be_saved(model, tmp_path):

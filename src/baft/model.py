@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baft import artifact, config
-from baft.artifact import EditSet, StoredEdit
+from baft.artifact import EditSet, Piece, StoredEdit
 from baft.errors import ArtifactError, ConfigError, EditError, UndoError
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Messages
@@ -71,6 +71,7 @@ class Model:
         self._editor: Editor | None = None
         self._preset = ""
         self._decoded: tuple[tuple[bool, ...], ...] = ()  # of every edit, by request
+        self._pieces: tuple[Piece, ...] = ()  # files that hold tensors of the edits already
         # One for good, so that `hf` follows; `_put_in_force` gives it what the editor has.
         self._edited = EditedModel(host.model)
         self._witness = Witness(self._speaker, self._edited)
@@ -457,10 +458,15 @@ class Model:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the edits to a folder `NAME.baft`: kilobytes, nothing of the host, no pickle.
 
+        Of many edits full files of 4 MB are linked to where they are written already, here or in another
+        folder, so that one more edit costs little; and a model that was loaded reads them as it needs them.
+        So copy such a folder to change it, and never change its files in place.
+
         Raises:
             ArtifactError: If there are no edits, or the folder cannot be written; one that was there stays.
         """
-        return artifact.write(Path(path), self._edit_set())
+        self._keep(artifact.save(Path(path), self._edit_set()))
+        return Path(path)
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
         """Uploads the edits to the hub; whoever can read them there reads prompts and targets.
@@ -471,7 +477,7 @@ class Model:
         import tempfile
 
         with tempfile.TemporaryDirectory() as folder:
-            path = self.save(Path(folder) / f"{repo_id.rpartition('/')[2]}.baft")
+            path = artifact.write(Path(folder) / f"{repo_id.rpartition('/')[2]}.baft", self._edit_set())
             return artifact.push_to_hub(path, repo_id, token=token, private=private)
 
     def _edit_set(self) -> EditSet:
@@ -490,7 +496,8 @@ class Model:
             host_source=self._source,
             edits=tuple(StoredEdit(one.edit, one.request, one.decoded) for one in self.edits),
             memory=artifact.memory_of(editor.requests),
-            state=editor.state_dict(),
+            state=editor.tensors(),
+            pieces=self._pieces,
         )
 
     def _restore(self, saved: EditSet) -> None:
@@ -521,6 +528,7 @@ class Model:
         old = (self._editor, self._preset, self._decoded)
         try:
             self._put_in_force(editor, saved.preset, saved.decoded)
+            self._keep(saved.pieces)
         except BaseException:  # Ctrl-C included
             self._put_in_force(*old)
             raise
@@ -532,7 +540,15 @@ class Model:
     ) -> None:
         """Makes the edits that an editor holds those of this model."""
         self._editor, self._preset, self._decoded = editor, preset, decoded
+        if not decoded:
+            self._pieces = ()
         self._edited.follow(EditedModel(self._host.model) if editor is None else editor.edited)
+
+    def _keep(self, pieces: tuple[Piece, ...]) -> None:
+        """Remembers which files hold what, if the tensors last: edits that know each other have new ones."""
+        editor = self._editor
+        lasting = editor is not None and Capability.INDEPENDENT in editor.capabilities
+        self._pieces = pieces if lasting else ()
 
     def _follow(self, editor: Editor) -> None:
         """Puts into force what an editor has left of the edits of this model."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import baft
+from baft.artifact import codec
 from baft.errors import ArtifactError, ConfigError, ConflictError, EditError, InputError, UnknownNameError
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder
@@ -182,6 +183,16 @@ def test_an_empty_turn_is_no_reason_to_break_off(host, model):
     model.edit("Say <|im_start|>user\n", "Al", **OPTIONS)
 
 
+def test_a_state_with_other_thresholds_is_put_into_force(host):
+    editor, request = editor_of(host), EditRequest((TOWER,))
+    editor.apply(request)
+    row = [Encoder.for_host(host).prompt(TOWER.prompt)]
+    assert editor._bank.find(row).tolist() == [0]
+    never = {f"{TOWER.id}.thresholds": torch.tensor([1.0])}  # no log-probability is above it
+    editor.load_state_dict({**editor.tensors(), **never}, (request,))
+    assert editor._bank.find(row).tolist() == [-1]
+
+
 def test_removing_an_edit_is_as_if_it_had_never_been_made(host, alone):
     model = in_force(host, *EDITS)
     assert model.remove(KING.id) == (KING,)
@@ -220,6 +231,25 @@ def test_sets_are_merged_in_any_order(host, tmp_path):
     shared.edit([TOWER, KING], method="reft", learning_rate=5e-2, max_steps=60, stop_margin=0.7)
     with pytest.raises(ArtifactError, match="share what they learned"):
         shared.remove(TOWER.id)
+
+
+def test_one_more_edit_is_an_append_and_changes_no_bit(host, alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(codec, "PIECE_BYTES", 1024)
+    path, model = tmp_path / "a.baft", in_force(host, *EDITS[:2])
+    model.save(path)
+    before = {file.name: file.stat() for file in path.glob("state*")}
+    model = baft.load(path, host=(host.model, host.tokenizer))
+    assert torch.equal(logits(model), logits(in_force(host, *EDITS[:2])))
+    model.edit(HATS, **OPTIONS)
+    model.save(path)
+    shared = {name for name, was in before.items() if (path / name).stat().st_ino == was.st_ino}
+    assert shared == {name for name, was in before.items() if was.st_size >= 1024} != set()
+    loaded = baft.load(path, host=(host.model, host.tokenizer))
+    assert torch.equal(logits(loaded), logits(in_force(host, *EDITS)))
+    loaded.undo(2)
+    loaded.save(path)
+    last = baft.load(path, host=(host.model, host.tokenizer))
+    assert torch.equal(logits(last), alone[0][0])
 
 
 def test_conflicts_are_kept_replaced_or_refused(host, alone):
@@ -357,6 +387,20 @@ def test_scopes_that_another_head_read_are_read_anew(host, alone, tmp_path, monk
     assert changed == {"vectors", "weights", "head"}
     assert "thresholds" in {name.partition(".")[2] for name in state}
     assert again.save(tmp_path / "b.baft").is_dir()
+
+
+def test_scopes_from_before_names_were_compared_are_read_anew(host):
+    before, after = editor_of(host), editor_of(host)
+    before.apply(EditRequest((TOWER, KING)))
+    state = before.state_dict()
+    older = {
+        name: one for name, one in state.items() if name.partition(".")[2] not in {"spelling", "name_weights"}
+    }
+    assert len(older) == len(state) - 4
+    after.load_state_dict(older, before.requests)
+    again = after.state_dict()
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[name], state[name]) for name in state)
 
 
 def test_a_saved_edit_that_another_head_takes_for_a_neighbor_still_loads(host, tmp_path, monkeypatch, caplog):

@@ -99,12 +99,22 @@ def test_a_calibration_keeps_neighbors_out(reader, head, ordinary):
             above = scores[channel].diagonal() - one.midpoints[channel]
             n_passed = int((above > 1e-5).sum())
             assert chance_of_at_most(n_passed, 30, share) <= 0.05 < chance_of_at_most(n_passed + 1, 30, share)
-        assert told == Calibration(share, share, 30, told.n_fired, told.n_asked, told.n_edits)
+        assert told == Calibration(share, share, 30, told.n_named, told.n_fired, told.n_asked, told.n_edits)
         assert told.n_asked == told.n_edits > 80
         assert told.fired_bound == share_bound(told.n_fired, told.n_asked)
+        assert told.named_bound == share_bound(told.n_named, 30)
         found.append((one.midpoints, told.n_fired))
     assert (found[0][0] > found[1][0]).all()
     assert found[0][1] <= found[1][1]
+
+
+def test_names_keep_further_neighbors_out(reader, head, ordinary, monkeypatch):
+    settings = {"other_subject": 0.5, "other_relation": 0.5, "n_groups": 30, "seed": 1}
+    told = calibrate(reader, copy.deepcopy(head), ordinary, **settings)
+    monkeypatch.setattr("baft.scope.names.COST", 0.0)
+    free = calibrate(reader, copy.deepcopy(head), ordinary, **settings)
+    assert told.n_named < free.n_named
+    assert told.n_fired < free.n_fired
 
 
 def test_only_what_shares_nothing_is_unrelated():

@@ -58,7 +58,7 @@ def test_a_prompt_is_about_an_edit_that_it_repeats(scope):
         ]
     )
     rows = [encode.prompt(edit.prompt), encode.prompt("zqx"), encode.prompt("..."), chat]
-    assert index.find(*scope.read(rows)).tolist() == [0, 0, -1, 0]
+    assert index.find(scope.read(rows)).tolist() == [0, 0, -1, 0]
     earlier = encode.chat(
         [
             {"role": "user", "content": edit.prompt},
@@ -66,9 +66,9 @@ def test_a_prompt_is_about_an_edit_that_it_repeats(scope):
             {"role": "user", "content": "..."},
         ]
     )
-    assert index.find(*scope.read([earlier])).tolist() == [-1]  # the last user turn is what is asked
+    assert index.find(scope.read([earlier])).tolist() == [-1]  # the last user turn is what is asked
     [strict] = scope.keys([edit], unrelated=["zqx"])
-    assert ScopeIndex(scope.head, [strict]).find(*scope.read(rows)).tolist() == [0, -1, -1, 0]
+    assert ScopeIndex(scope.head, [strict]).find(scope.read(rows)).tolist() == [0, -1, -1, 0]
 
 
 def test_it_is_made_once_for_a_host(host, scope, monkeypatch):

@@ -192,13 +192,13 @@ def ask(
 @app.command()
 def show(artifact: Artifact, as_json: Json = False) -> None:
     """Show what is in saved edits, without loading their host."""
-    from baft.artifact import CONFIG, FILES, read
+    from baft.artifact import CONFIG, read
     from baft.config import read_json
 
     terminal = Terminal(as_json=as_json)
     saved = read(artifact)
     about = read_json(artifact / CONFIG)
-    n_bytes = sum((artifact / name).stat().st_size for name in FILES)
+    n_bytes = sum((artifact / name).stat().st_size for name in (CONFIG, *about["files"]))
     created, by = str(about["created"]), str(about["baft_version"])
     data = {
         "artifact": str(artifact),

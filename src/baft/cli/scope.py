@@ -85,7 +85,11 @@ def _data(head: "Head", path: Path, *, made: bool) -> dict[str, Any]:
         "seed": about.seed,
         "seconds": about.seconds,
         "settings": asdict(about.config),
-        "calibration": {**asdict(about.calibration), "fired_bound": about.calibration.fired_bound},
+        "calibration": {
+            **asdict(about.calibration),
+            "named_bound": about.calibration.named_bound,
+            "fired_bound": about.calibration.fired_bound,
+        },
         "n_ordinary": len(head.ordinary.lengths),
     }
 
@@ -93,7 +97,7 @@ def _data(head: "Head", path: Path, *, made: bool) -> dict[str, Any]:
 def _bounds(head: "Head") -> str:
     found = head.about.calibration
     return (
-        f"with 95 % confidence at most {found.other_subject:.0%} of neighbors with another subject and "
+        f"with 95 % confidence at most {found.named_bound:.1%} of neighbors with another subject and "
         f"{found.other_relation:.0%} of those with another relation fire an edit ({found.n_near} of each "
         f"asked), and with {found.n_edits} edits at most {found.fired_bound:.2%} of questions about "
         "something else fire any; an ordinary text fires a given edit with a probability of at most "

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from baft.errors import EditError
-from baft.hosts.architecture import Site, edited_sites, find_architecture, site_device
+from baft.hosts.architecture import Site, edited_sites, find_architecture, input_device, site_device
 from baft.hosts.background import background_text
 from baft.hosts.calls import Stack
 from baft.hosts.edited_model import EditedModel
@@ -51,7 +51,7 @@ from baft.methods.training import TrainingResult, outcome_of, train_apart
 from baft.nn.gates import OpenGate
 from baft.nn.interventions import SubspaceIntervention
 from baft.nn.orthonormal import check_rank
-from baft.scope.index import EditKeys, ScopeIndex
+from baft.scope.index import EditKeys, ScopeIndex, likeliest
 from baft.scope.scope import Scope, scope_of
 from baft.types import Edit, EditRequest, replaced
 
@@ -67,9 +67,9 @@ class Bank:
     Args:
         scope: Reads what prompts are about.
         edits: Names of the edits, in order; one at least.
-        state: Their tensors.
+        state: Their tensors, in main memory.
         sites: Where they act.
-        before: A bank of the first of these edits, which need not be put together again.
+        before: Another bank; what both begin with need not be put together again.
     """
 
     def __init__(
@@ -81,29 +81,32 @@ class Bank:
         before: "Bank | None" = None,
     ):
         self._scope, self.edits, self._state, self._sites = scope, tuple(edits), state, sites
-        n_held = 0 if before is None else len(before.edits)
-        if before is not None and not before.begins(self.edits, state):
-            before, n_held = None, 0
-        keys = [EditKeys(*(state[f"{edit}.{name}"] for name in _KEYS)) for edit in self.edits[n_held:]]
-        self._index: ScopeIndex
-        if before is not None and not keys:
-            self._index = before._index
-        else:
-            self._index = ScopeIndex(scope.head, keys, before._index if before is not None else None)
+        n_held = 0 if before is None else before.n_shared(self.edits, state)
+        device = input_device(scope.reader.host.model)
+        keys = [
+            EditKeys(*(state[f"{edit}.{name}"] for name in _KEYS)).to(device) for edit in self.edits[n_held:]
+        ]
+        held = None if before is None else before._index.first(n_held)
+        self._index: ScopeIndex = ScopeIndex(scope.head, keys, held)
 
     def __call__(self, prompts: Sequence[Row]) -> Stack | None:
         """What acts on each prompt."""
         return self.choose(prompts)
 
-    def begins(self, edits: Sequence[str], state: State) -> bool:
-        """Whether these edits, in a table, begin with the very ones that are here."""
-        return self.edits == tuple(edits[: len(self.edits)]) and all(
-            state.get(f"{edit}.vectors") is self._state[f"{edit}.vectors"] for edit in self.edits
+    def n_shared(self, edits: Sequence[str], state: State) -> int:
+        """With how many of the very edits that are here some others, in a table, begin."""
+        pairs = enumerate(zip(self.edits, edits, strict=False))
+        differ = (
+            i
+            for i, (mine, other) in pairs
+            if mine != other
+            or any(state[f"{mine}.{name}"] is not self._state[f"{mine}.{name}"] for name in _KEYS)
         )
+        return next(differ, min(len(self.edits), len(edits)))
 
     def find(self, prompts: Sequence[Row], only: Int[Tensor, " row"] | None = None) -> Int[Tensor, " row"]:
         """Which edit acts on each prompt, by its number; -1 where none does."""
-        return self._index.find(*self._scope.read(prompts), only)
+        return self._index.find(self._scope.read(prompts), only)
 
     def meeting(self, new: ScopeIndex) -> list[tuple[int, str]]:
         """Which edits here meet with new ones: one of them would act on a wording of the other.
@@ -115,9 +118,8 @@ class Bank:
 
     def heard(self, prompts: Sequence[Row]) -> list[Heard]:
         """Which edits hear each prompt."""
-        vectors, asked = self._scope.read(prompts)
-        numbers = self._index.find(vectors, asked).tolist()
-        fires = self._index.passing(vectors, asked) > -torch.inf
+        passing = self._index.passing(self._scope.read(prompts))
+        numbers, fires = likeliest(passing).tolist(), passing > -torch.inf
         return [
             Heard(
                 self.edits[number] if number >= 0 else None,
@@ -240,22 +242,36 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
     def load_state_dict(self, state: Mapping[str, Tensor], requests: Sequence[EditRequest]) -> None:
         """Puts saved edits into force in place of the present ones.
 
-        Where their scopes were read with another head than this host has now, they are read anew.
+        Where their scopes were read with another head than this host has now, or by a baft that did not
+        compare names, they are read anew.
         """
         head, anew = self._scope.head.fingerprint, dict(state)
         strange: dict[tuple[str, ...], list[Edit]] = {}  # by what they are not to be found by
         for request in requests:
             for edit in request.edits:
                 made_by = state.get(f"{edit.id}.head")
-                if made_by is not None and made_by.ndim == 0 and int(made_by) != head:
+                if made_by is None or made_by.ndim:
+                    continue  # damaged
+                if int(made_by) != head or f"{edit.id}.spelling" not in state:  # or saved by an earlier baft
                     strange.setdefault(request.unrelated, []).append(edit)
         if strange:
             how = "the scope head of now" if self._scope.is_trained else "words alone, for there is no head"
-            logger.warning("the scopes of these edits were read with another head: they are read by %s", how)
+            logger.warning(
+                "the scopes of these edits were read with another head, or by an earlier baft: they are read "
+                "by %s",
+                how,
+            )
         for unrelated, edits in strange.items():
             for edit, keys in zip(edits, self.keys(edits, unrelated, made=True), strict=True):
                 anew |= {f"{edit.id}.{name}": tensor for name, tensor in keys.items()}
         super().load_state_dict(anew, requests)
+
+    def held(self, tensor: Tensor) -> Tensor:
+        """A saved tensor as it is: tables stay in main memory, or in a mapped file.
+
+        What takes part in products is put together from them, in memory of its own.
+        """
+        return tensor.cpu()
 
     def state_before(self, n: int) -> State:
         """The table without the edits of the last `n` requests."""
@@ -398,7 +414,9 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
                         continue
                     results[i] = found[place]
                     made |= {
-                        _name(edits[i].id, site, part): getattr(layer, part).detach()[place].clone()
+                        _name(edits[i].id, site, part): getattr(layer, part)
+                        .detach()[place]
+                        .to("cpu", copy=True)
                         for site, layer in layers.items()
                         for part in _BASES
                     }
@@ -412,7 +430,7 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
     ) -> list[dict[str, Tensor]]:
         """What each of some edits is found by, by name (`EditKeys`); `made`: see `Scope.keys`."""
         found = self._scope.keys(edits, unrelated, made=made)
-        return [{name: getattr(one, name) for name in _KEYS} for one in found]
+        return [{name: getattr(one, name).cpu() for name in _KEYS} for one in found]
 
     def _start(self, edits: Sequence[Edit], rank: int) -> Layers:
         """Random bases that change nothing yet, drawn for each edit whatever else is edited."""
@@ -448,7 +466,15 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
 
 _MET_AT_ONCE = 256  # new edits, or prompts, that are compared with all edits
 _BASES = ("R", "A", "b")
-_KEYS = {"vectors": 3, "weights": 2, "lengths": 1, "thresholds": 1, "head": 0}  # of `EditKeys`: axes of each
+_KEYS = {  # of `EditKeys`: axes of each
+    "vectors": 3,
+    "weights": 2,
+    "lengths": 1,
+    "thresholds": 1,
+    "head": 0,
+    "spelling": 1,
+    "name_weights": 1,
+}
 
 
 def _name(edit: str, site: Site, part: str) -> str:

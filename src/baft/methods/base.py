@@ -193,11 +193,20 @@ class Editor(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
-        """All that the edits added; nothing of the host."""
+        """All that the edits added, copied; nothing of the host."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The same, not copied where that can be: for who reads them, and changes none.
+
+        What an edit added is the same object each time, where it is on the CPU and the method keeps it.
+        """
+        return self.state_dict()
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Tensor], requests: Sequence[EditRequest]) -> None:
         """Puts saved edits into force in place of the present ones.
+
+        The editor may keep the tensors that it is given: change none of them afterwards.
 
         Raises:
             DamagedArtifactError: If a tensor is missing, left over, or of the wrong shape.

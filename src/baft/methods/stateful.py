@@ -80,7 +80,7 @@ class StatefulEditor(Editor):
 
     @property
     def device(self) -> torch.device:
-        """Where tables live."""
+        """Where tables live, unless `held` says otherwise, and what is put together from them."""
         return input_device(self.host.model)
 
     def apply(self, request: EditRequest, *, on_step: OnStep | None = None) -> EditOutcome:
@@ -134,11 +134,15 @@ class StatefulEditor(Editor):
             self._put()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The table in force, and those that undo can go back to."""
-        found = {name: tensor.cpu().clone() for name, tensor in self._state.items()}
+        """The table in force, and those that undo can go back to, copied."""
+        return {name: tensor.clone() for name, tensor in self.tensors().items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The same, not copied where they are on the CPU."""
+        found = {name: tensor.cpu() for name, tensor in self._state.items()}
         first = len(self.requests) - len(self._before)
         for n, earlier in enumerate(self._before, start=first):
-            found |= {f"before{n}.{name}": tensor.cpu().clone() for name, tensor in earlier.items()}
+            found |= {f"before{n}.{name}": tensor.cpu() for name, tensor in earlier.items()}
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor], requests: Sequence[EditRequest]) -> None:
@@ -184,8 +188,14 @@ class StatefulEditor(Editor):
         strangers = sorted(given.keys() - layout.keys())
         if strangers:
             raise DamagedArtifactError(f"tensor {prefix + strangers[0]!r} belongs to no edit of this set")
-        # Copies of its own, where allocations stand: what products give depends on where their numbers stand.
-        return {name: tensor.clone().to(self.device) for name, tensor in given.items()}
+        return {name: self.held(tensor) for name, tensor in given.items()}
+
+    def held(self, tensor: Tensor) -> Tensor:
+        """A saved tensor as tables hold it: a copy of its own.
+
+        It stands where allocations do, for what products give depends on where their numbers stand.
+        """
+        return tensor.clone().to(self.device)
 
     def _put(self) -> None:
         self.put(self._edited, self._state, self.requests)

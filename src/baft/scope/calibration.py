@@ -3,11 +3,11 @@
 Two things must not fire an edit. *Near neighbors*, other subjects of its relation and other relations of its
 subject, are kept out by the midpoints of the two channels: no edit fires unless both channels are above
 theirs. They are set on relations, names and sentences that the head has not learned from, such that with a
-confidence of 95 % at most a given share of each kind passes (an exact binomial tolerance bound). *Ordinary
-text* is kept out by a threshold of the edit's own, the highest that any of a fixed list of texts reaches: a
-further text like them exceeds it with a probability of at most one in their number plus one (split conformal
-prediction, Vovk et al. 2005). It depends on the edit's keys and on what is fixed for the host, never on other
-edits.
+confidence of 95 % at most a given share of each kind passes (an exact binomial tolerance bound) before names
+are compared; what then is left of other subjects is counted. *Ordinary text* is kept out by a threshold of an
+edit's own, the highest that any of a fixed list of texts reaches: a further text like them exceeds it with a
+probability of at most one in their number plus one (split conformal prediction, Vovk et al. 2005). It depends
+on the edit's keys and on what is fixed for the host, never on other edits.
 """
 
 import math
@@ -22,6 +22,7 @@ from torch import Tensor
 from baft.errors import ConfigError
 from baft.hosts.background import background_text, fitting
 from baft.nn.scope import ScopeHead, ScopeKeys, late_interaction
+from baft.scope.names import cost_of
 from baft.scope.reading import Reader, padded
 from baft.scope.text import Fact, ScopeText
 
@@ -47,9 +48,11 @@ class Calibration:
     """Where edits begin to act.
 
     Args:
-        other_subject: The share of neighbors of the same relation and another subject that passes, at most.
+        other_subject: The share of neighbors of the same relation and another subject that passes, at most,
+            before names are compared.
         other_relation: The same for another relation of the subject.
         n_near: On how many neighbors of each kind that rests.
+        n_named: Of those with another subject, how many fire the edit once names are compared.
         n_fired: Questions about something else, other subject and other relation, on which any of the
             `n_edits` edits fired when this was tried out.
         n_asked: How many such questions there were.
@@ -59,9 +62,15 @@ class Calibration:
     other_subject: float
     other_relation: float
     n_near: int
+    n_named: int
     n_fired: int
     n_asked: int
     n_edits: int
+
+    @property
+    def named_bound(self) -> float:
+        """The share of neighbors with another subject that fires an edit, with a confidence of 95 %."""
+        return share_bound(self.n_named, self.n_near)
 
     @property
     def fired_bound(self) -> float:
@@ -108,7 +117,8 @@ def calibrate(
         reader: Reads with the host.
         head: The trained head; its parameters need no gradient.
         ordinary: The texts of the edits' own thresholds.
-        other_subject: Of neighbors with another subject, at most this share shall pass.
+        other_subject: Of neighbors with another subject, at most this share shall pass before names are
+            compared.
         other_relation: Of those with another relation, any that can be asked of the subject.
         n_groups: How many of each kind are drawn.
         seed: Of the drawing.
@@ -119,11 +129,18 @@ def calibrate(
     text = ScopeText("calibrate", seed)
     groups = [text.group(1) for _ in range(n_groups)]
     facts = [fact for group in groups for fact in group]
-    keys = head.keys(*padded(reader.words([reader.encoder.prompt(fact.prompt) for fact in facts])))
-    asked = reader.words([reader.encoder.prompt(fact.asked[0]) for fact in facts])
-    parts = (padded(asked[start : start + _TEXTS]) for start in range(0, len(asked), _TEXTS))
+    edits = [reader.encoder.prompt(fact.prompt) for fact in facts]
+    keys = head.keys(*padded(reader.words(edits)))
+    prompts = [reader.encoder.prompt(fact.asked[0]) for fact in facts]
+    words = reader.words(prompts)
+    parts = [padded(words[start : start + _TEXTS]) for start in range(0, len(words), _TEXTS)]
+    asked = [head.keys(*part) for part in parts]
     scores = torch.cat(
-        [late_interaction(keys, head.vectors(words), real, head.discounts) for words, real in parts], 1
+        [
+            late_interaction(keys, one.vectors, real, head.discounts)
+            for one, (_, real) in zip(asked, parts, strict=True)
+        ],
+        1,
     )
     starts = [0, *torch.tensor([len(group) for group in groups]).cumsum(0).tolist()][:-1]
     others = (
@@ -132,9 +149,16 @@ def calibrate(
     )
     for channel, share in enumerate((other_subject, other_relation)):
         head.midpoints[channel] = tolerance_threshold(scores[channel, others[channel], starts], share)
-    fires = head.log_probability(scores) > own_thresholds(head, ordinary, keys)
+    margins = head.log_probability(scores) - own_thresholds(head, ordinary, keys)
+    fires = margins > 0
+    weights = [one for part in asked for one in part.weights.unbind(1)]
+    of_prompts = [reader.names(row, one) for row, one in zip(prompts, weights, strict=True)]
+    of_edits = [reader.names(row, one) for row, one in zip(edits, keys.weights.unbind(1), strict=True)]
+    for prompt, edit in fires.nonzero().tolist():
+        fires[prompt, edit] = margins[prompt, edit] > cost_of(of_edits[edit], of_prompts[prompt])
+    n_named = int(fires[others[0], starts].sum())
     n_fired = int((fires.cpu() & _unrelated(facts)).any(-1).sum())
-    return Calibration(other_subject, other_relation, n_groups, n_fired, len(facts), len(facts))
+    return Calibration(other_subject, other_relation, n_groups, n_named, n_fired, len(facts), len(facts))
 
 
 def tolerance_threshold(scores: Float[Tensor, " pair"], share: float) -> float:

@@ -34,7 +34,7 @@ from baft.scope.training import ScopeConfig, train_scope
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "baft-scope-2"
+_FORMAT = "baft-scope-3"
 _NET, _VECTORS, _LENGTHS = "net.", "ordinary.vectors", "ordinary.lengths"
 
 

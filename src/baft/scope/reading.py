@@ -11,6 +11,7 @@ from baft.hosts.early import early_features
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from baft.hosts.turns import Row, Turns
+from baft.scope.names import Names, read_names
 
 LAST = 48  # tokens of a prompt that are compared
 _ROWS = 24  # of one run of the host, of like length, so that little of it is padding
@@ -44,11 +45,24 @@ class Reader:
             chosen = order[start : start + _ROWS]
             features, _ = early_features(self.host, self.encoder, [rows[i] for i in chosen])
             for i, one in zip(chosen, features, strict=True):
-                begin, end = self._turns.words(rows[i])
-                if begin >= end:  # an empty turn: all that there is
-                    begin, end = 0, len(rows[i])
-                found[i] = one[max(begin, end - LAST) : end].clone()
+                found[i] = one[self._place(rows[i])].clone()
         return [found[i] for i in range(len(rows))]
+
+    def names(self, row: Row, weights: Float[Tensor, "channel place"]) -> Names:
+        """What the words of which `words` reads name.
+
+        Args:
+            row: The tokens.
+            weights: What each of the words' tokens counts in every channel; what comes after them is padding.
+        """
+        ids = row[self._place(row)]
+        return read_names(self.encoder.text, ids, weights[:, : len(ids)])
+
+    def _place(self, row: Row) -> slice:
+        begin, end = self._turns.words(row)
+        if begin >= end:  # an empty turn: all that there is
+            begin, end = 0, len(row)
+        return slice(max(begin, end - LAST), end)
 
 
 def padded(

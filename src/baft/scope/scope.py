@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from baft.errors import InputError
@@ -15,7 +13,7 @@ from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from baft.hosts.turns import Row
 from baft.scope.heads import find_head
-from baft.scope.index import EditKeys, Judge, ScopeIndex
+from baft.scope.index import Asked, EditKeys, Judge, ScopeIndex, spelled
 from baft.scope.reading import Reader, padded
 from baft.scope.untrained import UntrainedHead, untrained_head
 from baft.types import Edit
@@ -46,12 +44,12 @@ class Scope:
         return not isinstance(self.head, UntrainedHead)
 
     @torch.no_grad()
-    def read(
-        self, rows: Sequence[Row]
-    ) -> tuple[Float[Tensor, "channel row word dim"], Bool[Tensor, "row word"]]:
-        """The vectors of the words that a user wrote last in each row, and which places are no padding."""
+    def read(self, rows: Sequence[Row]) -> Asked:
+        """What a user wrote last in each row, as the head reads it."""
         features, real = padded(self.reader.words(rows))
-        return self.head.vectors(features), real
+        made = self.head.keys(features, real)
+        weights = made.weights
+        return Asked(made.vectors, real, lambda i: self.reader.names(rows[i], weights[:, i]))
 
     @torch.no_grad()
     def keys(
@@ -94,10 +92,13 @@ class Scope:
 
     def _keys(self, edits: Sequence[Edit]) -> list[EditKeys]:
         wordings = [(edit.prompt, *edit.rephrasings) for edit in edits]
-        encode = self.reader.encoder.prompt
-        features, real = padded(self.reader.words([encode(text) for texts in wordings for text in texts]))
+        rows = [self.reader.encoder.prompt(text) for texts in wordings for text in texts]
+        features, real = padded(self.reader.words(rows))
         made = self.head.keys(features, real)
         thresholds = self.head.thresholds(made)
+        names = [
+            self.reader.names(row, weights) for row, weights in zip(rows, made.weights.unbind(1), strict=True)
+        ]
         head = torch.tensor(self.head.fingerprint, device=thresholds.device)
         found, start = [], 0
         for texts in wordings:
@@ -106,7 +107,9 @@ class Scope:
             kept = real[here].flatten()
             vectors = made.vectors[:, here].flatten(1, 2)[:, kept]
             weights = made.weights[:, here].flatten(1)[:, kept]
-            found.append(EditKeys(vectors, weights, real[here].sum(-1), thresholds[here].clone(), head))
+            lengths = real[here].sum(-1)
+            of_names = spelled(names[here])
+            found.append(EditKeys(vectors, weights, lengths, thresholds[here].clone(), head, *of_names))
         return found
 
     def _without(
@@ -114,7 +117,7 @@ class Scope:
         edit: Edit,
         keys: EditKeys,
         unrelated: Sequence[str],
-        spared: tuple[Float[Tensor, "channel row word dim"], Bool[Tensor, "row word"]] | None,
+        spared: Asked | None,
         made: bool,
     ) -> EditKeys:
         """The same with thresholds that no neighbor and no unrelated prompt passes, raw or as a chat."""
@@ -123,7 +126,7 @@ class Scope:
         if not asked:
             return keys
         index = ScopeIndex(self.head, [keys])
-        reached = torch.cat([index.log_probability(*one) for one in asked])
+        reached = torch.cat([index.log_probability(one) for one in asked])
         strict = replace(keys, thresholds=torch.maximum(keys.thresholds, reached.amax(0) + _CLEARANCE))
         ways = self.asked([edit.prompt])
         if self._shuts([edit.prompt], keys, strict):
@@ -138,7 +141,7 @@ class Scope:
     def _shuts(self, prompts: Sequence[str], keys: EditKeys, strict: EditKeys) -> bool:
         """Whether an edit that is found by some prompts, raw or as chats, is so no more by stricter keys."""
         own = self.read(self.asked(prompts))
-        was, now = (ScopeIndex(self.head, [one]).find(*own) for one in (keys, strict))
+        was, now = (ScopeIndex(self.head, [one]).find(own) for one in (keys, strict))
         return bool(((was >= 0) & (now < 0)).any())
 
     def asked(self, prompts: Sequence[str]) -> list[Row]:

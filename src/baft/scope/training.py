@@ -44,7 +44,7 @@ class ScopeConfig:
         channel_weight: Of the losses of the channels by themselves, beside that of both together.
         hard_share: Of pairs that do not belong together, so many for every fact count, the worst.
         other_subject_share: Of neighbors with the relation of an edit and another subject, at most this share
-            shall pass.
+            shall pass before names are compared.
         other_relation_share: The same for another relation of the same subject.
         n_calibrate: Neighbors of each kind that this is set on.
 
@@ -63,7 +63,7 @@ class ScopeConfig:
     learning_rate: float = 2e-3
     channel_weight: float = 0.5
     hard_share: int = 4
-    other_subject_share: float = 0.07
+    other_subject_share: float = 0.15
     other_relation_share: float = 0.3
     n_calibrate: int = 300
 
