@@ -51,7 +51,7 @@ def acting(scope: Scope, cases: tuple[EditCase, ...], rows: list[Row]) -> list[t
     index = ScopeIndex(scope.head, scope.keys([case.edit for case in cases]))
     found: list[tuple[int, int]] = []
     for start in range(0, len(rows), BATCH):
-        chosen = index.find(*scope.read(rows[start : start + BATCH])).tolist()
+        chosen = index.find(scope.read(rows[start : start + BATCH])).tolist()
         found += [(start + i, edit) for i, edit in enumerate(chosen) if edit >= 0]
     return found
 

@@ -4,11 +4,10 @@
     BAFT_DATA=../shared/data python experiments/scope_dev.py smollm2 --train n_dims=96 n_uses=4
 
 Without --head or --train it is the head that baft would use. Data: the first 300 cases of
-zsre_mend_train.1000, of counterfact-train.first5000 and of KnowEdit's train_cf; all cases of facts/tune.
+zsre_mend_train.1000, of counterfact-train.first5000 and of KnowEdit's train_cf; all cases of facts/tune; and
+dev_common.toml, things that have no name.
 
-`right`: rephrasings (aliases in train_cf) that reach their own edit among all, where 1, 5 and 10 % of the
-locality prompts fire any edit. `alone`: the same, each edit by itself against its own locality prompts. Then,
-at the head's own thresholds, which share of the probes of every kind reach their own edit among all
+At the head's own thresholds: which share of the probes of every kind reach their own edit among all
 (`right`), fire it where it is alone (`alone`), fire any (`any`); and for the rephrasings of the first 60
 cases the same as they are, behind 200 words of other text, and in a chat with a system prompt and an earlier
 turn.
@@ -18,6 +17,7 @@ import argparse
 import json
 import os
 import tempfile
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,48 +33,38 @@ from baft.hosts.background import background_text
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import load_host
 from baft.hosts.turns import Row
-from baft.nn.scope import late_interaction
 from baft.scope.heads import Head, find_head, read_head, train_head
-from baft.scope.reading import Reader, padded
+from baft.scope.index import ScopeIndex
+from baft.scope.reading import Reader
+from baft.scope.scope import Scope
 from baft.scope.training import ScopeConfig
-from baft.types import EditCase, Probe
+from baft.types import Edit, EditCase, Probe
 
-N_CASES, N_IN_CONTEXT, N_WORDS, SHARES = 300, 60, 200, (0.01, 0.05, 0.10)
+N_CASES, N_IN_CONTEXT, N_WORDS = 300, 60, 200
 BATCH = 64
 
 
 @dataclass
 class Asked:
-    """Probes of one kind: log-probabilities and margins, `[probe, edit]`, and the edit of each."""
+    """Probes of one kind: log-probabilities, minus infinity where they do not pass, and the edit of each."""
 
-    log_p: Tensor
-    margin: Tensor
+    passing: Tensor
     own: Tensor
 
-    def right(self, threshold: float | None = None) -> float:
+    def right(self) -> float:
         """The share that reach their own edit among all."""
-        passed = self._own(self.margin) > 0 if threshold is None else self._own(self.log_p) > threshold
-        best = self.margin if threshold is None else self.log_p
-        return float((passed & (best.argmax(-1) == self.own)).float().mean())
+        return float(((self._own() > -torch.inf) & (self.passing.argmax(-1) == self.own)).float().mean())
 
-    def alone(self, threshold: float | None = None) -> float:
+    def alone(self) -> float:
         """The share that fire their own edit."""
-        return float(
-            ((self._own(self.margin) > 0) if threshold is None else (self._own(self.log_p) > threshold))
-            .float()
-            .mean()
-        )
+        return float((self._own() > -torch.inf).float().mean())
 
     def any(self) -> float:
         """The share that fire any edit."""
-        return float((self.margin > 0).any(-1).float().mean())
+        return float((self.passing > -torch.inf).any(-1).float().mean())
 
-    def quantile(self, share: float, *, alone: bool) -> float:
-        """What the best log-probability (or that of the own edit) of a share of them exceeds."""
-        return float((self._own(self.log_p) if alone else self.log_p.amax(-1)).quantile(1 - share))
-
-    def _own(self, scores: Tensor) -> Tensor:
-        return scores.gather(1, self.own.unsqueeze(1)).squeeze(1)
+    def _own(self) -> Tensor:
+        return self.passing.gather(1, self.own.unsqueeze(1)).squeeze(1)
 
 
 def plain(encoder: Encoder) -> Callable[[Probe], Row]:
@@ -101,37 +91,26 @@ def in_chat(encoder: Encoder) -> Callable[[Probe], Row]:
     return lambda probe: encoder.chat([*messages, {"role": "user", "content": probe.prompt}])
 
 
-def ask(
-    head: Head, reader: Reader, cases: Sequence[EditCase], row: Callable[[Probe], Row]
-) -> dict[str, Asked]:
+def ask(scope: Scope, cases: Sequence[EditCase], row: Callable[[Probe], Row]) -> dict[str, Asked]:
     """All probes of some cases, by kind and tag, against all of their edits."""
-    keys = head.keys(*padded(reader.words([reader.encoder.prompt(case.edit.prompt) for case in cases])))
-    thresholds = head.thresholds(keys)
+    plain_edits = [Edit(case.edit.prompt, case.edit.target) for case in cases]
+    index = ScopeIndex(scope.head, scope.keys(plain_edits))
     kinds: dict[str, list[tuple[int, Probe]]] = {}
     for i, case in enumerate(cases):
         for probe in case.probes:
             kinds.setdefault(f"{probe.kind}, {probe.tag}", []).append((i, probe))
     found = {}
     for kind, probes in kinds.items():
-        words = reader.words([row(probe) for _, probe in probes])
-        parts = [padded(words[start : start + BATCH]) for start in range(0, len(words), BATCH)]
-        scores = torch.cat(
-            [late_interaction(keys, head.net.vectors(one), real, head.discounts) for one, real in parts], 1
-        )
-        own = torch.tensor([i for i, _ in probes])
-        log_p = head.log_probability(scores)
-        found[kind] = Asked(log_p, log_p - thresholds, own)
+        rows = [row(probe) for _, probe in probes]
+        parts = [scope.read(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
+        passing = torch.cat([index.passing(one) for one in parts])
+        found[kind] = Asked(passing, torch.tensor([i for i, _ in probes]))
     return found
 
 
-def show(name: str, found: dict[str, Asked], positive: str, negative: str) -> None:
-    if positive in found and negative in found:
-        yes, no = found[positive], found[negative]
-        for how, alone in (("right", False), ("alone", True)):
-            shares = [getattr(yes, how)(no.quantile(share, alone=alone)) for share in SHARES]
-            print(f"{name:22} {how}: {' / '.join(f'{one:.3f}' for one in shares)}")
+def show(name: str, found: dict[str, Asked], aliases: str = "") -> None:
     for kind, one in found.items():
-        if not kind.startswith("portability") or kind == positive:
+        if not kind.startswith("portability") or kind == aliases:
             print(
                 f"{name:22}   {kind:36} right {one.right():.3f}  alone {one.alone():.3f}  any {one.any():.3f}"
             )
@@ -146,25 +125,35 @@ def settings(given: Sequence[str]) -> ScopeConfig:
 def evaluate(head: Head, reader: Reader, folder: Path) -> None:
     about, n_bytes = head.about, sum(2 * one.numel() for one in head.net.parameters())
     print(f"{about.config}\nseed {about.seed}, {about.seconds:.0f} s, {n_bytes} bytes, {about.calibration}\n")
-    rephrased, aliased = "generality, rephrase", "portability, subject_aliasing"
-    sets = [
-        ("zsre", Zsre(folder).cases("train")[:N_CASES], rephrased, "locality, nq"),
-        ("counterfact", CounterFactFlat(folder).cases("train")[:N_CASES], rephrased,
-         "locality, neighborhood"),
-        ("facts", Facts().cases("tune"), "generality, chat_question", "locality, same_subject"),
-        ("wikidata-counterfact", WikidataCounterfact(folder).cases("train")[:N_CASES], aliased,
-         "locality, relation_specificity"),
-    ]  # fmt: skip
-    for name, cases, positive, negative in sets:
-        show(name, ask(head, reader, cases, plain(reader.encoder)), positive, negative)
+    scope, encoder = Scope(reader, head), reader.encoder
+    sets = {
+        "zsre": Zsre(folder).cases("train")[:N_CASES],
+        "counterfact": CounterFactFlat(folder).cases("train")[:N_CASES],
+        "facts": Facts().cases("tune"),
+        "wikidata-counterfact": WikidataCounterfact(folder).cases("train")[:N_CASES],
+        "common things": common_things(),
+    }
+    for name, cases in sets.items():
+        show(name, ask(scope, cases, plain(encoder)), "portability, subject_aliasing")
     ways = {"behind 200 words": behind_text}
-    if reader.encoder.has_chat:
+    if encoder.has_chat:
         ways["in a chat"] = in_chat
     for how, row in ways.items():
-        for name, cases, _, _ in sets[:3:2]:
-            some = [replace(case, probes=_rephrased(case)) for case in cases[:N_IN_CONTEXT]]
-            show(name, ask(head, reader, some, plain(reader.encoder)), "", "")
-            show(f"{name}, {how}", ask(head, reader, some, row(reader.encoder)), "", "")
+        for name in ("zsre", "facts"):
+            some = [replace(case, probes=_rephrased(case)) for case in sets[name][:N_IN_CONTEXT]]
+            show(name, ask(scope, some, plain(encoder)))
+            show(f"{name}, {how}", ask(scope, some, row(encoder)))
+
+
+def common_things() -> list[EditCase]:
+    rows = tomllib.loads(Path(__file__).with_name("dev_common.toml").read_text(encoding="utf-8"))["cases"]
+    found = []
+    for prompt, *asked, other in rows:
+        edit = Edit(prompt, "seven")
+        probes = [Probe(edit.id, "generality", one, edit.target, "rephrase") for one in asked]
+        spared = Probe(edit.id, "locality", other, None, "other_subject")
+        found.append(EditCase(prompt, edit, (*probes, spared)))
+    return found
 
 
 def _rephrased(case: EditCase) -> tuple[Probe, ...]:

@@ -252,7 +252,7 @@ def test_the_default_is_of_one_kind_with_the_quick_look():
         assert getattr(default, part) == getattr(quick, part)
     [benchmark] = default.benchmarks
     assert (benchmark.name, benchmark.split) == ("facts", "report")
-    assert len(benchmark.cases(benchmark.load(None), "report")) == 20
+    assert len(benchmark.chosen(benchmark.load(None), "report", None).cases) == 20
     assert default.texts == 0
 
 

@@ -11,13 +11,16 @@ from typing import get_args
 
 import pytest
 
+from baft.data.base import benchmarks
 from baft.errors import ConfigError, DataError, EditError
 from baft.evals import runner
 from baft.evals.beyond import HELD_OUT, held_out_texts
+from baft.evals.collect import read_run, require_comparable
 from baft.evals.experiment import (
     BenchmarkSpec,
     Experiment,
     MethodSpec,
+    OthersSpec,
     ProtocolSpec,
     Rendering,
     is_rendering,
@@ -28,6 +31,7 @@ from baft.evals.runner import Bench
 from baft.evals.texts import fluency, text_loss
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.models import Host
+from baft.methods.bank import BankEditor
 from baft.methods.base import methods
 from tiny import tiny_host
 
@@ -225,6 +229,99 @@ def test_only_the_last_edit_remembered_shows_in_the_final_scores(experiment, hos
     assert mean(rows, "reliability", "generate", stage="immediate") == 1.0
     assert mean(rows, "reliability", "generate", stage="final", position=2) == 1.0
     assert mean(rows, "reliability", "generate", stage="final") == pytest.approx(1 / 3)
+
+
+@pytest.mark.usefixtures("planted")
+def test_other_edits_are_made_before_the_last_look(experiment, host, file, tmp_path):
+    long = {"prompt": "The tower of London is in " * 40, "target": "Ro"}
+    more = [{"prompt": "A dog in the rain", "target": "Be"}, long, {"prompt": "My old hat", "target": "Al"}]
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
+    mine = replace(
+        experiment(
+            MethodSpec(name="forgetful", settings=LEARNS),
+            MethodSpec(name="baft-bank", settings={**LEARNS, "schedule": "constant", "n_others": 1}),
+            protocols=(SEQUENTIAL,),
+        ),
+        benchmarks=(BenchmarkSpec(name="jsonl", file=str(file)),),
+    )
+    roomy = Host("llama", tiny_host(max_position_embeddings=512), host.tokenizer, "llama")
+    bench = Bench(mine, host=roomy)
+    others = benchmarks.get("jsonl")(tmp_path / "more.jsonl").cases("all")
+    task = replace(bench.tasks[0], others=others)
+    forgetful, bank = (bench.block(task, method) for method in mine.methods)
+    assert [row["position"] for row in forgetful if row["stage"] == "final"] == [0, 1, 2]
+    assert mean(forgetful, "reliability", "generate", stage="immediate") == 1.0
+    assert mean(forgetful, "reliability", "generate", stage="final") == 0.0  # the last is another's
+    assert mean(bank, "reliability", "generate", stage="final") == 1.0
+    for rows in (forgetful, bank):
+        [(why, n)] = rows[-1]["others_failed"].items()
+        assert n == 1
+        assert why.startswith("InputError: the text is 1001 tokens long")
+        assert not any("others_failed" in row for row in rows[:-1])
+
+
+@pytest.mark.usefixtures("planted")
+def test_a_run_tells_of_its_other_edits(experiment, host, file, tmp_path):
+    def run(name, n, size=4):
+        others = (OthersSpec(name="facts", split="tune", n=n),)
+        mine = replace(
+            experiment(MethodSpec(name="nothing"), protocols=(ProtocolSpec(kind="sequential", size=size),)),
+            benchmarks=(BenchmarkSpec(name="jsonl", file=str(file), apart=True, others=others),),
+        )
+        Bench(mine, host=host).run(tmp_path / name)
+        return read_run(tmp_path / name)
+
+    two, three = run("two", 2), run("three", 3)
+    assert len({row["task"] for row in two.rows}) == 2  # of three cases, beside which two others fit
+    for found in (two, three):
+        assert found.is_finished
+        cut = [row for row in found.rows if row["position"] < 2]
+        assert not replace(
+            found, rows=tuple(row for row in cut if row["task"] != cut[-1]["task"])
+        ).is_finished
+    require_comparable(two, two)
+    require_comparable(two, run("long", 3, 5))  # of another protocol
+    with pytest.raises(ConfigError, match="other edits are in force beside the cases of jsonl/all"):
+        require_comparable(two, three)
+    told = write_report([tmp_path / "two"], tmp_path)[0].read_text()
+    assert "beside them 2 edits of facts/tune, fingerprint " in told
+
+
+@pytest.mark.usefixtures("planted")
+@pytest.mark.parametrize("method", ["reft", "baft-bank"])
+def test_nothing_may_be_asked_before_the_last_edit(experiment, host, file, method, tmp_path, monkeypatch):
+    batches = []
+    apart = BankEditor.apply_apart
+
+    def watched(editor, requests, **more):
+        batches.append(len(requests))
+        return apart(editor, requests, **more)
+
+    monkeypatch.setattr(BankEditor, "apply_apart", watched)
+    settings = LEARNS if method == "reft" else {**LEARNS, "schedule": "constant", "n_others": 1}
+    long = {"prompt": "The tower of London is in " * 40, "target": "Ro"}
+    with_long = tmp_path / "long.jsonl"
+    with_long.write_text(file.read_text() + json.dumps(long) + "\n")
+    found = {}
+    for immediate in ("none", "all"):
+        protocol = ProtocolSpec(kind="sequential", size=4, immediate=immediate)
+        mine = replace(
+            experiment(MethodSpec(name=method, settings=settings), protocols=(protocol,)),
+            benchmarks=(BenchmarkSpec(name="jsonl", file=str(with_long)),),
+            scorers=("teacher_forced", "generate", "cost"),
+        )
+        roomy = Host("llama", tiny_host(max_position_embeddings=512), host.tokenizer, "llama")
+        found[immediate] = rows_of(Bench(mine, host=roomy), tmp_path / immediate)
+    assert batches == ([4, 2, 2] if method == "baft-bank" else [])  # halved for the one that fails
+    final = [row for row in found["all"] if row["stage"] == "final"]
+    assert [row["stage"] for row in found["none"]] == ["final"] * 4
+    for one, other in zip(found["none"], final, strict=True):
+        assert [probe["scores"] for probe in one["probes"]] == [probe["scores"] for probe in other["probes"]]
+        assert (one["error"] is None) == (other["error"] is None) == (one["position"] < 3)
+        assert one.get("stored_bytes", 1) > 0
+    assert mean(found["none"], "reliability", "generate") > 0
+    summary_rows([tmp_path / "none" / "run"])
+    write_report([tmp_path / "none" / "run"], tmp_path / "report")
 
 
 def test_less_may_be_asked(experiment, host, file, tmp_path):

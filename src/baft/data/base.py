@@ -87,8 +87,9 @@ class Benchmark(ABC):
 
 
 def _as_asked(case: EditCase) -> dict[str, Any]:
-    """A case as plain data; what an edit or a probe may bring is left out where it brings none."""
+    """A case as plain data, without ids; what an edit or a probe may bring is left out where absent."""
     row = asdict(case)
+    del row["edit"]["id"]
     for probe in row["probes"]:
         if not probe["earlier"]:
             del probe["earlier"]

@@ -77,7 +77,11 @@ class Run:
         chunks = sum(
             math.ceil(
                 benchmark["n_cases"]
-                / (experiment.get("stack", 1) if protocol["kind"] == "single" else protocol.get("size", 1))
+                / (
+                    experiment.get("stack", 1)
+                    if protocol["kind"] == "single"
+                    else protocol.get("size", 1) - sum(one["n"] for one in benchmark.get("others", []))
+                )
             )
             for benchmark in self.manifest["benchmarks"].values()
             for protocol in experiment["protocols"]
@@ -222,6 +226,10 @@ def collect(folders: Sequence[Path]) -> Results:
     return results
 
 
+def _protocols(run: Run, benchmark: str) -> set[str]:
+    return {row["protocol"] for row in run.rows if row["benchmark"] == benchmark}
+
+
 def require_comparable(one: Run, other: Run) -> None:
     """Whether two runs asked the same of the same host.
 
@@ -243,6 +251,12 @@ def require_comparable(one: Run, other: Run) -> None:
             raise ConfigError(
                 f"{where}: the cases of {name} differ, fingerprints {here} and {there}. Run both on the same "
                 "files"
+            )
+        here, there = (run.manifest["benchmarks"][name].get("others", []) for run in (one, other))
+        if here != there and _protocols(one, name) & _protocols(other, name):
+            raise ConfigError(
+                f"{where}: other edits are in force beside the cases of {name}, {here} and {there}. Run both "
+                "with the same"
             )
     here, there = (run.manifest["experiment"].get("max_new_tokens") for run in (one, other))
     if here != there:

@@ -115,4 +115,4 @@ class _Sampler:
 
 def stored_bytes(editor: Editor) -> int:
     """Bytes that an artifact holds of the edits in force, what undo needs included."""
-    return sum(tensor.nbytes for tensor in editor.state_dict().values())
+    return sum(tensor.nbytes for tensor in editor.tensors().values())

@@ -27,6 +27,45 @@ def is_rendering(tag: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OthersSpec:
+    """Further edits, made after those of a sequence and in force with them, that are not asked.
+
+    Args:
+        name: A registered benchmark.
+        split: One of its splits; None takes its first.
+        n: How many.
+
+    Raises:
+        ConfigError: If that is not positive.
+    """
+
+    name: str
+    split: str | None = None
+    n: int
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ConfigError(f"n of the other edits, from {self.name!r}, must be at least 1, got {self.n}")
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The cases of a benchmark.
+
+    Args:
+        cases: Those that are asked, with the probes that are.
+        others: Those whose edits are made after them and in force with them.
+        sources: Where the others are from: benchmark with its split, fingerprint, how many.
+        left_out: What was left out as bearing on others, counted by reason.
+    """
+
+    cases: tuple[EditCase, ...]
+    others: tuple[EditCase, ...] = ()
+    sources: tuple[Mapping[str, Any], ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchmarkSpec:
     """Which cases.
 
@@ -39,9 +78,10 @@ class BenchmarkSpec:
         probes_per_tag: Of each case no more probes of one kind and tag than this; None asks all.
         apart: Leave out cases that bear on earlier ones, for edits that are in force together; the limit
             counts those that are left.
+        others: Edits beside those of a sequence; they bear neither on these nor on each other.
 
     Raises:
-        ConfigError: If a number is not positive.
+        ConfigError: If a number is not positive, or there are others though cases may bear on each other.
     """
 
     name: str
@@ -51,28 +91,49 @@ class BenchmarkSpec:
     file: str | None = None
     probes_per_tag: int | None = None
     apart: bool = False
+    others: tuple[OthersSpec, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("limit", "probes_per_tag"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} of benchmark {self.name!r} must be at least 1, got {value}")
+        if self.others and not self.apart:
+            raise ConfigError(
+                f"benchmark {self.name!r} has others, which must not bear on it: set apart = true"
+            )
 
-    def cases(self, benchmark: Benchmark, split: str) -> tuple[EditCase, ...]:
-        """The cases with the probes that are asked."""
-        return self.chosen(benchmark, split)[0]
+    def chosen(self, benchmark: Benchmark, split: str, data: Path | None) -> Chosen:
+        """The cases of a split.
 
-    def chosen(self, benchmark: Benchmark, split: str) -> tuple[tuple[EditCase, ...], dict[str, int]]:
-        """The cases with the probes that are asked, and what was left out as bearing on others."""
+        Args:
+            benchmark: The benchmark.
+            split: Its split.
+            data: Where the files of the others are looked for.
+
+        Raises:
+            ConfigError: If there are not so many others, or a split of them stands twice.
+        """
         left_out: dict[str, int] = {}
+        others: tuple[EditCase, ...] = ()
+        sources: tuple[Mapping[str, Any], ...] = ()
         if self.apart:
             found, left_out = apart(benchmark.cases(split, seed=self.seed), self.limit)
         else:
             found = benchmark.cases(split, limit=self.limit, seed=self.seed)
+        for spec in self.others:
+            source = benchmarks.get(spec.name)(data)
+            of = source.splits[0] if spec.split is None else spec.split
+            if any(one["cases"] == f"{spec.name}/{of}" for one in sources):
+                raise ConfigError(f"the others of {self.name!r} name {spec.name}/{of} twice: name it once")
+            found, others, more = _with_others(found, others, source.cases(of), spec.n, f"{spec.name}/{of}")
+            left_out |= more
+            about = {"cases": f"{spec.name}/{of}", "fingerprint": source.fingerprint(of), "n": spec.n}
+            sources = (*sources, about)
         if self.probes_per_tag is not None:
             n = self.probes_per_tag
             found = tuple(replace(case, probes=_first_of_each(case.probes, n)) for case in found)
-        return found, left_out
+        return Chosen(found, others, sources, left_out)
 
     def load(self, data: Path | None) -> Benchmark:
         """The benchmark, whose files are looked for in `data`."""
@@ -109,9 +170,10 @@ class ProtocolSpec:
         kind: `single`: each edit on the untouched host. `batched`: `size` edits in one optimization.
             `sequential`: `size` edits one after another on one model, each scored right after it was made
             and again after the last. After each chunk the host is untouched again.
-        size: Edits in a chunk; the last chunk of a benchmark may be smaller.
-        immediate: What is asked right after each edit of a sequence: all probes, or the edit's own prompt
-            alone, for a tenth of the cost.
+        size: Edits in a chunk, a benchmark's others among them; the last chunk may be smaller.
+        immediate: What is asked right after each edit of a sequence: all probes; the edit's own prompt
+            alone, for a tenth of the cost; or nothing, and then edits that do not know each other (capability
+            `independent`) are made a hundred at once.
 
     Raises:
         ConfigError: If the size is not positive, or given for `single`.
@@ -119,7 +181,7 @@ class ProtocolSpec:
 
     kind: Literal["single", "batched", "sequential"]
     size: int = 1
-    immediate: Literal["all", "reliability"] = "all"
+    immediate: Literal["all", "reliability", "none"] = "all"
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -209,6 +271,13 @@ class Experiment:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.texts < 0:
             raise ConfigError(f"texts must be 0 or more, got {self.texts}")
+        for one in self.benchmarks:
+            n = sum(spec.n for spec in one.others)
+            if n and not all(one.kind == "sequential" and one.size > n for one in self.protocols):
+                raise ConfigError(
+                    f"the {n} others of benchmark {one.name!r} come after edits in sequence: give protocols "
+                    "of kind sequential alone, and as size the number of all edits together"
+                )
 
 
 def _first_of_each(probes: Sequence[Probe], n: int) -> tuple[Probe, ...]:
@@ -220,6 +289,29 @@ def _first_of_each(probes: Sequence[Probe], n: int) -> tuple[Probe, ...]:
         if counts[probe.kind, probe.tag] <= n:
             kept.append(probe)
     return tuple(kept)
+
+
+def _with_others(
+    cases: tuple[EditCase, ...],
+    before: tuple[EditCase, ...],
+    given: Sequence[EditCase],
+    n: int,
+    where: str,
+) -> tuple[tuple[EditCase, ...], tuple[EditCase, ...], dict[str, int]]:
+    """Cases without what others change of them, the others with `n` more of them, and what was left out."""
+    more = [  # of the others nothing is asked, but their rephrasings are nobody's locality questions
+        replace(one, probes=tuple(probe for probe in one.probes if probe.kind == "generality"))
+        for one in given
+    ]
+    there = (*cases, *before)
+    found, left_out = apart([*there, *more], len(there) + n)
+    n_found = len(found) - len(there)
+    if n_found < n:
+        raise ConfigError(
+            f"{n} others were wanted, and {where} has {n_found} that do not bear on the cases or on each "
+            "other: take as many"
+        )
+    return found[: len(cases)], found[len(cases) :], {f"{where}: {why}": k for why, k in left_out.items()}
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -248,6 +340,7 @@ class Task:
         seed: The seed.
         chunk: The number of the chunk.
         cases: The cases, in the order in which they are edited.
+        others: Those whose edits are made after them, and which are not asked.
     """
 
     id: str
@@ -256,23 +349,24 @@ class Task:
     seed: int
     chunk: int
     cases: tuple[EditCase, ...]
+    others: tuple[EditCase, ...] = ()
 
 
-def tasks_of(experiment: Experiment, cases: Mapping[str, Sequence[EditCase]]) -> Iterator[Task]:
+def tasks_of(experiment: Experiment, chosen: Mapping[str, Chosen]) -> Iterator[Task]:
     """All tasks, in the order in which they are run and recorded.
 
     Args:
         experiment: The experiment.
-        cases: By benchmark with its split.
+        chosen: The cases by benchmark with its split.
     """
-    for benchmark, found in cases.items():
+    for benchmark, found in chosen.items():
         for protocol in experiment.protocols:
             for seed in experiment.seeds:
-                ordered = list(found)
+                ordered = list(found.cases)
                 if seed and protocol.kind != "single":
                     random.Random(seed).shuffle(ordered)
-                size = experiment.stack if protocol.kind == "single" else protocol.size
+                size = experiment.stack if protocol.kind == "single" else protocol.size - len(found.others)
                 for chunk, start in enumerate(range(0, len(ordered), size)):
                     name = f"{benchmark}:{protocol.called}:seed{seed}:{chunk}"
                     here = tuple(ordered[start : start + size])
-                    yield Task(name, benchmark, protocol, seed, chunk, here)
+                    yield Task(name, benchmark, protocol, seed, chunk, here, found.others)

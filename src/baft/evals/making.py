@@ -8,10 +8,12 @@ from typing import TypeVar
 from baft.errors import EditError, InputError
 from baft.evals.cost import peak_above, stored_bytes
 from baft.evals.records import Row
-from baft.methods.base import Apart, Editor, EditOutcome, StackedEditor
+from baft.methods.base import Apart, Capability, Editor, EditOutcome, StackedEditor
 from baft.types import EditCase, EditRequest
 
 T = TypeVar("T")
+
+_MADE_AT_ONCE = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,38 @@ def make_apart(
             cost = Cost(peak, float(apart.n_bytes(i)))
         made.append(Made((case.edit.id,), outcome, None, outcome.seconds_s, cost))
     return apart, made
+
+
+def make_many(editor: Editor, cases: Sequence[EditCase], *, with_cost: bool = False) -> list[Made]:
+    """Makes the edit of each case, all in force together; many at once where edits do not know each other."""
+    if not isinstance(editor, StackedEditor) or Capability.INDEPENDENT not in editor.capabilities:
+        return [make(editor, [case], with_cost=with_cost) for case in cases]
+    made: list[Made] = []
+    for start in range(0, len(cases), _MADE_AT_ONCE):
+        began = time.perf_counter()
+        found = _at_once(editor, cases[start : start + _MADE_AT_ONCE], with_cost)
+        share = (time.perf_counter() - began) / len(found)  # of what failed and was tried again, too
+        made += [replace(one, seconds_s=share) for one in found]
+    return made
+
+
+def _at_once(editor: StackedEditor, cases: Sequence[EditCase], with_cost: bool) -> list[Made]:
+    if len(cases) == 1:
+        return [make(editor, cases, with_cost=with_cost)]
+
+    def work() -> tuple[EditOutcome, ...]:
+        return editor.apply_apart([EditRequest((case.edit,)) for case in cases])
+
+    try:
+        outcomes, peak = _with_peak(editor, work) if with_cost else (work(), 0)
+    except (EditError, InputError):  # of one, and nobody says which
+        half = len(cases) // 2
+        return _at_once(editor, cases[:half], with_cost) + _at_once(editor, cases[half:], with_cost)
+    cost = Cost(peak, stored_bytes(editor) / len(editor.requests)) if with_cost else None
+    return [
+        Made((case.edit.id,), outcome, None, outcome.seconds_s, cost)
+        for case, outcome in zip(cases, outcomes, strict=True)
+    ]
 
 
 def _with_peak(editor: Editor, work: Callable[[], T]) -> tuple[T, int]:

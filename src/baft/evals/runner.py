@@ -1,7 +1,8 @@
 """Running an experiment: edits are made, every probe is asked before and after, and a row a case is kept."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +13,8 @@ from baft.data.base import Benchmark
 from baft.errors import ConfigError, EditError, InputError
 from baft.evals.asking import Asker, Observation
 from baft.evals.beyond import Beyond, held_out_texts
-from baft.evals.experiment import Experiment, MethodSpec, Stage, Task, tasks_of
-from baft.evals.making import Made, make, make_apart
+from baft.evals.experiment import Chosen, Experiment, MethodSpec, Stage, Task, tasks_of
+from baft.evals.making import Made, make, make_apart, make_many
 from baft.evals.provenance import git_revision, machine, versions
 from baft.evals.records import Record, Row, sole_writer
 from baft.evals.renderings import with_renderings
@@ -52,8 +53,7 @@ class Bench:
             for spec in experiment.methods
         }
         self.benchmarks: dict[str, Benchmark] = {}
-        self.cases: dict[str, tuple[EditCase, ...]] = {}
-        self.left_out: dict[str, dict[str, int]] = {}
+        self.chosen: dict[str, Chosen] = {}
         for spec in experiment.benchmarks:
             benchmark = spec.load(data)
             split = benchmark.splits[0] if spec.split is None else spec.split
@@ -61,7 +61,7 @@ class Bench:
             if name in self.benchmarks:
                 raise ConfigError(f"{name} stands twice among the benchmarks, once by default: name it once")
             self.benchmarks[name] = benchmark
-            self.cases[name], self.left_out[name] = spec.chosen(benchmark, split)
+            self.chosen[name] = spec.chosen(benchmark, split, data)
         texts = held_out_texts(data, experiment.texts)
         self.host = load_host(experiment.model, dtype=experiment.dtype) if host is None else host
         self._asker = Asker(
@@ -71,9 +71,10 @@ class Bench:
             chat=bool({"generate_chat", "chat_questions"} & set(experiment.scorers)),
         )
         encoder = self._asker.speaker.encoder
-        for name, found in self.cases.items():
-            self.cases[name] = tuple(with_renderings(case, experiment.renderings, encoder) for case in found)
-        self.tasks = tuple(tasks_of(experiment, self.cases))
+        for name, found in self.chosen.items():
+            cases = tuple(with_renderings(case, experiment.renderings, encoder) for case in found.cases)
+            self.chosen[name] = replace(found, cases=cases)
+        self.tasks = tuple(tasks_of(experiment, self.chosen))
         self._beyond = Beyond(self.host, texts, batch_size=experiment.batch_size)
         self._wanted = frozenset(experiment.scorers) - {"gates", "fluency", "cost"}
         self._editors: dict[tuple[str, int], Editor] = {}
@@ -102,8 +103,9 @@ class Bench:
                 name: {
                     "fingerprint": benchmark.fingerprint(name.partition("/")[2]),
                     "anomalies": dict(benchmark.anomalies(name.partition("/")[2])),
-                    "n_cases": len(self.cases[name]),
-                    "left_out": self.left_out[name],
+                    "n_cases": len(self.chosen[name].cases),
+                    "others": list(self.chosen[name].sources),
+                    "left_out": dict(self.chosen[name].left_out),
                 }
                 for name, benchmark in self.benchmarks.items()
             },
@@ -186,14 +188,21 @@ class Bench:
         return rows
 
     def _in_sequence(self, editor: Editor, task: Task) -> list[Row]:
-        """Edits on top of each other, scored at once and after the last."""
+        """Edits on top of each other, scored at once, where that is wanted, and after the last."""
         rows: list[Row] = []
         made: list[Made] = []
-        lone = task.protocol.immediate == "reliability"
-        for position, case in enumerate(task.cases):
-            made.append(self._make(editor, [case]))
-            rows += self._scored(_Models.of(editor), [case], made[-1:], first=position, lone=lone)
+        asked = task.protocol.immediate
+        if asked == "none":
+            made = make_many(editor, task.cases, with_cost="cost" in self.experiment.scorers)
+        else:
+            for position, case in enumerate(task.cases):
+                made.append(self._make(editor, [case]))
+                lone = asked == "reliability"
+                rows += self._scored(_Models.of(editor), [case], made[-1:], first=position, lone=lone)
+        others = make_many(editor, task.others)
         final = self._scored(_Models.of(editor), task.cases, made, stage="final")
+        if others:
+            final[-1]["others_failed"] = Counter(one.error for one in others if one.error is not None)
         self._look_beyond(final, editor.edited, task.cases)
         return rows + final
 

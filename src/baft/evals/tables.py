@@ -42,6 +42,10 @@ def about(results: Results) -> Table:
         "precision": lambda one: str(one["host"].get("dtype")),
         "benchmarks": lambda one: _joined(
             f"{name}: {found['n_cases']} cases, fingerprint {found['fingerprint']}"
+            + "".join(
+                f", beside them {other['n']} edits of {other['cases']}, fingerprint {other['fingerprint']}"
+                for other in found.get("others", [])
+            )
             + "".join(f", {what} left out {n}" for what, n in found.get("left_out", {}).items())
             for name, found in one["benchmarks"].items()
         ),
@@ -296,8 +300,9 @@ def edits_table(results: Results, arena: Arena) -> Table:
     )
     note = (
         "A failed edit changed nothing and is scored like any other, on the model as it stood. A skipped "
-        "probe has no scores. An edit that was made with several seeds counts once for each. Single edits "
-        "that were made in one batch have a share each of the seconds that it took."
+        "probe has no scores. An edit that was made with several seeds counts once for each. Edits that were "
+        "made in one batch (single ones, and where nothing is asked in between those that do not know each "
+        "other) have a share each of the seconds that it took."
     )
     if with_cost:
         note += (
@@ -316,14 +321,22 @@ def _cost_cells(rows: Sequence[Row]) -> list[Cell]:
 
 
 def failure_table(results: Results, arena: Arena) -> Table | None:
-    """What failed edits said, and why probes were skipped or replies not doubted."""
+    """What failed edits said, asked or not, and why probes were skipped or replies not doubted."""
     rows = []
     for group in results.last(*arena):
         found = list(results.rows_of(group))
         errors = Counter(row["error"] for row in found if row["error"] is not None)
         skipped = Counter(probe["skipped"] for row in found for probe in row["probes"] if "skipped" in probe)
         calm = Counter(probe["undoubted"] for row in found for probe in row["probes"] if "undoubted" in probe)
-        told = {"edit failed": errors, "probe skipped": skipped, "reply not doubted": calm}
+        others = Counter[str]()
+        for row in found:
+            others.update(row.get("others_failed", {}))
+        told = {
+            "edit failed": errors,
+            "other edit failed": others,
+            "probe skipped": skipped,
+            "reply not doubted": calm,
+        }
         for what, counts in told.items():
             for said, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
                 rows.append([Cell(group.method), Cell(what), Cell(str(n)), Cell(said)])
