@@ -53,10 +53,11 @@ def test_a_head_is_trained_once_and_said_to_be_there(host: Path) -> None:
     kept = heads.find_head(load_host(host))
     assert kept is not None
     assert (data["trained_now"], data["seed"], data["settings"]["n_dims"]) == (True, 0, 8)
-    assert data["calibration"]["fired_bound"] == kept.about.calibration.fired_bound
+    assert data["calibration"]["named_bound"] == kept.about.calibration.named_bound
     again = train(host).stdout
     assert f"has a scope head: {data['file']}" in again
-    assert f"at most {kept.about.calibration.fired_bound:.2%} of questions about something else" in again
+    found = kept.about.calibration
+    assert f"{found.n_fired} of {found.n_asked} questions about something else fired one" in again
     assert f"at most 1/{data['n_ordinary'] + 1}" in again
 
 

@@ -12,6 +12,7 @@ from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from baft.methods.baft import ReftEditor
+from baft.scope.reading import Reader
 from baft.scope.training import ScopeConfig, train_scope
 from baft.types import Edit, EditRequest
 from tiny import (
@@ -160,8 +161,9 @@ def test_a_host_on_two_devices_is_trained_by_the_cheap_pass():
 
 def test_a_scope_is_learned_where_the_host_is():
     host = Host("tiny", tiny_host("llama", dtype=torch.float32, device="cuda"), tiny_tokenizer(), "tiny")
-    config = ScopeConfig(n_steps=2, n_groups=2, n_dims=8, n_hidden=8)
+    config = ScopeConfig(n_uses=2, n_groups=2, n_at_once=2, n_dims=8, n_hidden=8)
     losses = []
-    head = train_scope(host, Encoder(host.tokenizer), config, on_step=lambda *told: losses.append(told[2]))
+    reader = Reader(host, Encoder(host.tokenizer))
+    head = train_scope(reader, config, on_step=lambda *told: losses.append(told[2]))
     assert {one.device.type for one in head.parameters()} == {"cuda"}
     assert all(0 < one < float("inf") for one in losses)

@@ -9,10 +9,13 @@ from transformers import DynamicCache
 from baft.errors import ConfigError, InputError
 from baft.hosts.architecture import Site
 from baft.hosts.calls import Recording, Stack
+from baft.hosts.early import early_features
 from baft.hosts.edited_model import EditedModel
+from baft.hosts.encoding import Encoder
 from baft.hosts.live_view import live_view
+from baft.hosts.models import Host
 from baft.nn.interventions import concatenate
-from tiny import N_LAYERS, open_part, random_ids, shared_host
+from tiny import N_LAYERS, open_part, random_ids, shared_host, tiny_tokenizer
 
 SITES = (Site(0), Site(N_LAYERS - 1))
 A, B = 7, 9  # a prompt that holds one of these tokens is about the first or the second edit
@@ -55,6 +58,14 @@ def routed(host):
 
 def alone(host, i):
     return EditedModel(host, {site: [part.select(torch.tensor([i]))] for site, part in layers().items()})
+
+
+def early_features_of(host, ids):
+    encoder = Encoder(tiny_tokenizer())
+    rows = ids.tolist()
+    return early_features(
+        Host("tiny", host, encoder.tokenizer, "tiny"), encoder, rows, [slice(len(row)) for row in rows]
+    )
 
 
 def prompts(*marks, n=8):
@@ -175,3 +186,41 @@ def test_a_router_acts_alone_and_needs_tokens(host):
     follower.follow(edited)
     assert follower.is_enabled
     assert follower.router is edited.router
+
+
+@pytest.mark.parametrize("inner", [A, None], ids=["about the same", "about nothing"])
+def test_whoever_asks_in_the_middle_of_a_generation_is_answered_as_always(host, inner):
+    edited, ids, asked = routed(host), prompts(A), prompts(inner)
+    plain, want, heard = host(asked).logits, edited(asked).logits, []
+    early = [one.clone() for one in early_features_of(host, asked)]
+
+    def listen(_, scores):
+        if not heard:
+            with edited.disabled():
+                disabled = edited(asked).logits
+                generated = edited.generate(asked, max_new_tokens=1, do_sample=False)
+            heard.append((disabled, generated, edited(asked).logits, early_features_of(host, asked)))
+        return scores
+
+    untouched = edited.generate(ids, max_new_tokens=4, do_sample=False)
+    got = edited.generate(ids, max_new_tokens=4, do_sample=False, logits_processor=[listen])
+    disabled, generated, edited_then, early_then = heard[0]
+    assert torch.equal(disabled, plain)
+    assert torch.equal(generated, host.generate(asked, max_new_tokens=1, do_sample=False))
+    assert torch.equal(edited_then, want)
+    assert (inner is None) == torch.equal(want, plain)
+    assert all(torch.equal(one, other) for one, other in zip(early, early_then, strict=True))
+    assert torch.equal(got, untouched)  # and the generation goes on as it would have
+
+
+def test_a_generation_says_in_the_cache_it_was_given_what_acted(host):
+    edited, given = routed(host), DynamicCache(config=host.config)
+    edited(prompts(None, n=4), past_key_values=given)
+    ids = torch.cat([prompts(None, n=4), prompts(A, n=4)], 1)
+    edited.generate(ids, max_new_tokens=2, do_sample=False, past_key_values=given)
+    n_asked = len(edited.router.asked)
+    more = random_ids(1, 2, seed=5)
+    got = edited(more, past_key_values=copy.deepcopy(given)).logits
+    assert len(edited.router.asked) == n_asked  # what acted goes on to act, and is not judged anew
+    plain = host(more, past_key_values=copy.deepcopy(given)).logits
+    assert (got - plain).abs().max() > 1e-2

@@ -136,6 +136,20 @@ def test_rephrasings_are_found_by_thresholds_of_their_own(host):
     assert thresholds.shape == (2,)
 
 
+def test_of_two_edits_of_one_prompt_the_later_acts_whatever_it_was_made_with(host):
+    first = dataclasses.replace(TOWER, rephrasings=("Where the tower stands",))
+    model = baft.load((host.model, host.tokenizer))
+    model.edit_many([KING, first, HATS], **OPTIONS)
+    later = Edit(TOWER.prompt, "Be")
+    model.edit(later, **OPTIONS)
+    state = model._editor.state_dict()
+    n = int(state[f"{first.id}.lengths"][0])
+    assert torch.equal(state[f"{first.id}.vectors"][:, :n], state[f"{later.id}.vectors"])
+    assert torch.equal(state[f"{first.id}.weights"][:, :n], state[f"{later.id}.weights"])
+    numbers = model._editor._bank.find([model._editor.encoder.prompt(TOWER.prompt)])
+    assert [model._editor._bank.edits[i] for i in numbers.tolist()] == [later.id]
+
+
 @pytest.mark.parametrize("named", ["neighbors", "unrelated"])
 def test_neighbors_stay_raw_and_in_chat_and_the_edit_acts(host, named, monkeypatch):
     monkeypatch.setattr("baft.scope.untrained._MIDPOINT", 0.6)
@@ -412,7 +426,7 @@ def test_a_saved_edit_that_another_head_takes_for_a_neighbor_still_loads(host, t
     assert [one.edit.prompt for one in again.edits] == [TOWER.prompt, KING.prompt]
     assert "read by words alone" in caplog.text
     assert "that the edit acts on both" in caplog.text
-    with pytest.raises(InputError, match="so near to .* that the edit would never act"):
+    with pytest.raises(InputError, match="so near to .* that the edit would not act on its own prompt"):
         again.edit(dataclasses.replace(HATS, neighbors=("Nothing",)), **OPTIONS)
 
 

@@ -31,8 +31,7 @@ def reader():
 
 
 def states(reader, row):
-    features, _ = early_features(reader.host, reader.encoder, [row])
-    return features[0]
+    return early_features(reader.host, reader.encoder, [row], [slice(len(row))])[0]
 
 
 def test_words_are_those_of_the_last_turn_at_the_end_of_a_long_text(reader):

@@ -88,7 +88,6 @@ def _data(head: "Head", path: Path, *, made: bool) -> dict[str, Any]:
         "calibration": {
             **asdict(about.calibration),
             "named_bound": about.calibration.named_bound,
-            "fired_bound": about.calibration.fired_bound,
         },
         "n_ordinary": len(head.ordinary.lengths),
     }
@@ -99,7 +98,7 @@ def _bounds(head: "Head") -> str:
     return (
         f"with 95 % confidence at most {found.named_bound:.1%} of neighbors with another subject and "
         f"{found.other_relation:.0%} of those with another relation fire an edit ({found.n_near} of each "
-        f"asked), and with {found.n_edits} edits at most {found.fired_bound:.2%} of questions about "
-        "something else fire any; an ordinary text fires a given edit with a probability of at most "
+        f"asked); with {found.n_edits} edits {found.n_fired} of {found.n_asked} questions about "
+        "something else fired one; an ordinary text fires a given edit with a probability of at most "
         f"1/{len(head.ordinary.lengths) + 1}"
     )

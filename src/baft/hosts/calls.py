@@ -3,9 +3,10 @@
 A hook acts only for the call that hung it: a context variable says which that is.
 """
 
+import contextlib
 import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol, final, runtime_checkable
@@ -139,6 +140,20 @@ class Router(Protocol):
 current_call: ContextVar[Call | None] = ContextVar("baft_call", default=None)
 # Torch numbers its hooks without a lock: two threads could get one number, and one hook replace the other.
 hanging = threading.Lock()
+
+
+@contextlib.contextmanager
+def calling(call: Call | None) -> Iterator[None]:
+    """Inside, the hooks of this call act and those of an outer one do not; with None, no call's do.
+
+    So whoever is called in the middle of a generation (a logits processor, a streamer) may ask the host, or
+    another edited model, and the edits of that generation keep out of it.
+    """
+    token = current_call.set(call)
+    try:
+        yield
+    finally:
+        current_call.reset(token)
 
 
 def cached_tokens(cache: Any) -> int:

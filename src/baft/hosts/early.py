@@ -11,17 +11,17 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from baft.hosts.architecture import Architecture, find_architecture, input_device, scaled_layers
-from baft.hosts.calls import hanging
+from baft.hosts.calls import calling, hanging
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from baft.hosts.patches import EnoughError
 
-Features = Float[Tensor, "row pos n_features"]
+Features = Float[Tensor, "_ n_features"]
 
 
 def early_layers(n_layers: int) -> tuple[int, ...]:
@@ -35,15 +35,17 @@ def n_features(architecture: Architecture) -> int:
 
 
 @torch.no_grad()
+@calling(None)
 def early_features(
-    host: Host, encoder: Encoder, rows: Sequence[Sequence[int]]
-) -> tuple[Features, Bool[Tensor, "row pos"]]:
-    """What is read of every token of some rows, in float32, and which of the places are no padding.
+    host: Host, encoder: Encoder, rows: Sequence[Sequence[int]], places: Sequence[slice]
+) -> list[Features]:
+    """What is read of some tokens of each row, in float32.
 
     Args:
         host: The host; it is run no further than the last early block.
         encoder: Its encoder.
         rows: Tokens.
+        places: Which of each row's are read.
     """
     batch = encoder.pad(
         [tuple(row) for row in rows],
@@ -53,9 +55,12 @@ def early_features(
     )
     with _received(find_architecture(host.model)) as seen:
         host.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    parts = [state.to(batch.input_ids.device, torch.float32) for state in seen]
-    features = torch.cat([layer_norm(part, part.shape[-1:]) for part in parts], -1)
-    return features, batch.attention_mask.bool()
+    device = batch.input_ids.device
+    found = []
+    for row, place in enumerate(places):
+        parts = [state[row, place].to(device, torch.float32) for state in seen]
+        found.append(torch.cat([layer_norm(part, part.shape[-1:]) for part in parts], -1))
+    return found
 
 
 _reading: ContextVar[object] = ContextVar("baft_reading_early", default=None)

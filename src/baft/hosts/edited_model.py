@@ -27,7 +27,7 @@ from baft.hosts.calls import (
     Router,
     Stack,
     cached_tokens,
-    current_call,
+    calling,
     edit_output,
     hanging,
     note_tokens,
@@ -188,6 +188,7 @@ class EditedModel:
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **arguments}
         return self.run(self.host, given, n_prompt_tokens, recording)
 
+    @calling(None)
     def generate(self, input_ids: Int[Tensor, "batch pos"] | None = None, **arguments: Any) -> Any:
         """Runs the host's own `generate` with the edits in force; takes and returns what that does.
 
@@ -225,13 +226,15 @@ class EditedModel:
             call = None if stack is None else self._routed(stack, *given)
             with contextlib.nullcontext() if call is None else self._hooks(call):
                 output = host.generate(**arguments)
-            _note_route(getattr(output, "past_key_values", None), in_force.router, stack)
+            for cache in (arguments.get("past_key_values"), getattr(output, "past_key_values", None)):
+                _note_route(cache, in_force.router, stack)
             return output
         window = self.window(*given)
         call = Call(window, in_force.parts, None, self._stack, in_force.fused, in_force.patches)
         with self._hooks(call):
             return host.generate(**arguments)
 
+    @calling(None)
     def run(
         self,
         run: Any,
@@ -329,8 +332,8 @@ class EditedModel:
             call = self._routed(stack, ids, real, n_prompt_tokens, recording)
             with self._hooks(call):
                 output = run(**given)
-        _note_route(cache, router, stack)
-        _note_route(getattr(output, "past_key_values", None), router, stack)
+        for one in (cache, getattr(output, "past_key_values", None)):
+            _note_route(one, router, stack)
         return output
 
     def _routed(
@@ -359,7 +362,6 @@ class EditedModel:
     def _hooks(self, call: Call) -> Iterator[None]:
         """Hangs the hooks of one call, and takes down exactly those."""
         handles: list[Any] = []
-        token = current_call.set(call)
         try:
             stack = self.architecture.stack
             with hanging:
@@ -372,11 +374,11 @@ class EditedModel:
                 for name in call.patches:
                     module = self.host.get_submodule(name)
                     handles.append(module.register_forward_hook(patch_output(call, name), prepend=True))
-            yield
+            with calling(call):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
-            current_call.reset(token)
 
 
 @dataclass(frozen=True, slots=True)

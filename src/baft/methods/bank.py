@@ -198,6 +198,7 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
         check_rank(config.rank, self._d_model)
         self._edited.positions = PositionSpec(config.last_prompt, config.outputs)
         self._scope = scope_of(host, self.encoder)
+        self._last_keys: tuple[tuple[object, ...], list[EditKeys]] | None = None
 
     def fit(
         self, request: EditRequest, state: State, on_step: OnStep | None
@@ -242,10 +243,11 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
     def load_state_dict(self, state: Mapping[str, Tensor], requests: Sequence[EditRequest]) -> None:
         """Puts saved edits into force in place of the present ones.
 
-        Where their scopes were read with another head than this host has now, or by a baft that did not
-        compare names, they are read anew.
+        Where their scopes were read with another head than this host has now, on a host of another precision
+        (if one of the two has less than 32 bits), or by a baft that did not compare names, they are read
+        anew.
         """
-        head, anew = self._scope.head.fingerprint, dict(state)
+        head, anew = self._scope.fingerprint, dict(state)
         strange: dict[tuple[str, ...], list[Edit]] = {}  # by what they are not to be found by
         for request in requests:
             for edit in request.edits:
@@ -257,8 +259,8 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
         if strange:
             how = "the scope head of now" if self._scope.is_trained else "words alone, for there is no head"
             logger.warning(
-                "the scopes of these edits were read with another head, or by an earlier baft: they are read "
-                "by %s",
+                "the scopes of these edits were read with another head, in another precision, or by an "
+                "earlier baft: they are read by %s",
                 how,
             )
         for unrelated, edits in strange.items():
@@ -314,7 +316,7 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
 
     def conflicts(self, edits: Sequence[Edit], unrelated: Sequence[str] = ()) -> tuple[Conflict, ...]:
         """The edits, in force or earlier among the new ones, that share prompts with a new one."""
-        head, keys = self._scope.head, self._scope.keys(edits, unrelated)
+        head, keys = self._scope.head, self._keys_of(edits, unrelated)
         new, pairs = ScopeIndex(head, keys), list[tuple[Edit, Edit]]()
         by_id = {edit.id: edit for request in self.requests for edit in request.edits}
         for start in range(0, len(keys), _MET_AT_ONCE):
@@ -429,8 +431,15 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
         self, edits: Sequence[Edit], unrelated: Sequence[str] = (), *, made: bool = False
     ) -> list[dict[str, Tensor]]:
         """What each of some edits is found by, by name (`EditKeys`); `made`: see `Scope.keys`."""
-        found = self._scope.keys(edits, unrelated, made=made)
+        found = self._keys_of(edits, unrelated, made)
         return [{name: getattr(one, name).cpu() for name in _KEYS} for one in found]
+
+    def _keys_of(self, edits: Sequence[Edit], unrelated: Sequence[str], made: bool = False) -> list[EditKeys]:
+        """As the scope has them; the last ones are kept, for edits are compared before they are made."""
+        asked_for = (tuple(edits), tuple(unrelated), made)
+        if self._last_keys is None or self._last_keys[0] != asked_for:
+            self._last_keys = asked_for, self._scope.keys(edits, unrelated, made=made)
+        return self._last_keys[1]
 
     def _start(self, edits: Sequence[Edit], rank: int) -> Layers:
         """Random bases that change nothing yet, drawn for each edit whatever else is edited."""

@@ -6,8 +6,9 @@ theirs. They are set on relations, names and sentences that the head has not lea
 confidence of 95 % at most a given share of each kind passes (an exact binomial tolerance bound) before names
 are compared; what then is left of other subjects is counted. *Ordinary text* is kept out by a threshold of an
 edit's own, the highest that any of a fixed list of texts reaches: a further text like them exceeds it with a
-probability of at most one in their number plus one (split conformal prediction, Vovk et al. 2005). It depends
-on the edit's keys and on what is fixed for the host, never on other edits.
+probability of at most one in their number plus one (split conformal prediction, Vovk et al. 2005). Texts that
+say what the edit says are not among them: somebody may edit what one of the list asks. It depends on the
+edit's keys and on what is fixed for the host, never on other edits.
 """
 
 import math
@@ -28,6 +29,7 @@ from baft.scope.text import Fact, ScopeText
 
 CONFIDENCE: Final = 0.95
 _TEXTS = 64  # that are compared at once
+_SAME = math.log(0.99)  # an edit's own prompt is above, raw, and nearly always as a chat
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,8 @@ class Calibration:
         n_near: On how many neighbors of each kind that rests.
         n_named: Of those with another subject, how many fire the edit once names are compared.
         n_fired: Questions about something else, other subject and other relation, on which any of the
-            `n_edits` edits fired when this was tried out.
+            `n_edits` edits fired when this was tried out. They come in groups that share a subject and are
+            about as many facts as the edits, so that no bound rests on their number.
         n_asked: How many such questions there were.
         n_edits: Edits that were in force together.
     """
@@ -72,11 +75,6 @@ class Calibration:
         """The share of neighbors with another subject that fires an edit, with a confidence of 95 %."""
         return share_bound(self.n_named, self.n_near)
 
-    @property
-    def fired_bound(self) -> float:
-        """The share of such questions on which any of so many edits fires, with a confidence of 95 %."""
-        return share_bound(self.n_fired, self.n_asked)
-
 
 def read_ordinary(reader: Reader, head: ScopeHead) -> Ordinary:
     """Sentences that the head has not learned from, and questions and openings about common things."""
@@ -89,7 +87,8 @@ def read_ordinary(reader: Reader, head: ScopeHead) -> Ordinary:
 def own_thresholds(head: ScopeHead, ordinary: Ordinary, keys: ScopeKeys) -> Float[Tensor, " edit"]:
     """The log-probability above which each edit acts.
 
-    It is at least one half: then no channel is below its midpoint.
+    It is at least one half: then no channel is below its midpoint. Ordinary texts of which the head is as
+    sure as of the edit's own prompt are about the edit, and do not count.
     """
     best = keys.weights.new_full(keys.weights.shape[1:2], math.log(0.5))
     texts = ordinary.vectors.transpose(0, 1).split(ordinary.lengths)
@@ -97,7 +96,8 @@ def own_thresholds(head: ScopeHead, ordinary: Ordinary, keys: ScopeKeys) -> Floa
         vectors, real = padded([one.flatten(1) for one in texts[start : start + _TEXTS]])
         split = vectors.unflatten(-1, (len(ordinary.vectors), -1)).movedim(2, 0)
         scores = late_interaction(keys, split, real, head.discounts)
-        best = torch.maximum(best, head.log_probability(scores).amax(0))
+        found = head.log_probability(scores)
+        best = torch.maximum(best, found.masked_fill(found > _SAME, -torch.inf).amax(0))
     return best
 
 

@@ -82,12 +82,6 @@ class Head:
         """What edits are found by, from the words of their prompts; see `ScopeHead.keys`."""
         return self.net.keys(features, real)
 
-    def vectors(
-        self, features: Float[Tensor, "row token n_features"]
-    ) -> Float[Tensor, "channel row token dim"]:
-        """The unit vectors of the words of prompts."""
-        return self.net.vectors(features)
-
     def thresholds(self, keys: ScopeKeys) -> Float[Tensor, " edit"]:
         """The log-probability above which each edit acts; of its own keys and the host, of no other edit."""
         return own_thresholds(self.net, self.ordinary, keys)

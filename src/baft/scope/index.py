@@ -30,11 +30,6 @@ class Judge(Protocol):
     def discounts(self) -> Float[Tensor, " channel"]:
         """What 24 tokens of distance from the end of a prompt cost."""
 
-    def vectors(
-        self, features: Float[Tensor, "row token n_features"]
-    ) -> Float[Tensor, "channel row token dim"]:
-        """The unit vectors of tokens."""
-
     def keys(
         self, features: Float[Tensor, "edit token n_features"], real: Bool[Tensor, "edit token"]
     ) -> ScopeKeys:
@@ -88,9 +83,11 @@ class EditKeys:
         try:
             text = bytes(self.spelling.tolist()).decode()
             lines = [tuple(line.split(" ")) if line else () for line in text.split("\n")]
+            if len(lines) != len(self.lengths):
+                raise ValueError(f"{len(lines)} lines for {len(self.lengths)} wordings")
             weights = self.name_weights.split([len(words) for words in lines])
-            pairs = zip(lines, weights, self.lengths, strict=True)
-            return [Names(words, tuple(of_words.tolist())) for words, of_words, _ in pairs]
+            pairs = zip(lines, weights, strict=True)
+            return [Names(words, tuple(of_words.tolist())) for words, of_words in pairs]
         except (ValueError, TypeError, RuntimeError) as error:
             raise DamagedArtifactError(f"the names of an edit's wordings cannot be read: {error}") from error
 

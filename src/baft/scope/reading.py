@@ -43,9 +43,9 @@ class Reader:
         found: dict[int, Tensor] = {}
         for start in range(0, len(order), _ROWS):
             chosen = order[start : start + _ROWS]
-            features, _ = early_features(self.host, self.encoder, [rows[i] for i in chosen])
-            for i, one in zip(chosen, features, strict=True):
-                found[i] = one[self._place(rows[i])].clone()
+            texts = [rows[i] for i in chosen]
+            places = [self._place(row) for row in texts]
+            found |= zip(chosen, early_features(self.host, self.encoder, texts, places), strict=True)
         return [found[i] for i in range(len(rows))]
 
     def names(self, row: Row, weights: Float[Tensor, "channel place"]) -> Names:

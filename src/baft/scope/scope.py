@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from baft.errors import InputError
+from baft.hosts.architecture import input_device
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from baft.hosts.turns import Row
@@ -20,8 +21,9 @@ from baft.types import Edit
 
 logger = logging.getLogger(__name__)
 
-_AT_ONCE = 256  # edits whose prompts are read at once
-_CLEARANCE = 1e-3  # above what is not to pass; in other batches it scores otherwise, by rounding
+_COARSE = (torch.float16, torch.bfloat16)
+# Above what is not to pass: in other batches it scores otherwise, on SmolLM2 by 4e-6, in bfloat16 by 0.03.
+_CLEARANCE, _CLEARANCE_COARSE = 1e-3, 0.05
 
 _untrained: WeakKeyDictionary[PreTrainedModel, UntrainedHead] = WeakKeyDictionary()
 
@@ -42,6 +44,12 @@ class Scope:
     def is_trained(self) -> bool:
         """Whether the host has a head of its own."""
         return not isinstance(self.head, UntrainedHead)
+
+    @property
+    def fingerprint(self) -> int:
+        """A number that tells what reads here from others: the head, and a host of less than 32 bits."""
+        dtype = self.reader.host.model.dtype
+        return self.head.fingerprint ^ (1 + _COARSE.index(dtype) if dtype in _COARSE else 0)
 
     @torch.no_grad()
     def read(self, rows: Sequence[Row]) -> Asked:
@@ -64,11 +72,10 @@ class Scope:
                 act for one of its neighbors then acts, and a warning says so.
 
         Raises:
-            InputError: If a neighbor or an unrelated prompt is so near to a new edit that it would never act.
+            InputError: If a neighbor or an unrelated prompt is so near to a new edit that it would not act on
+                its own prompt any more, raw or as a chat.
         """
-        found: list[EditKeys] = []
-        for start in range(0, len(edits), _AT_ONCE):
-            found += self._keys(edits[start : start + _AT_ONCE])
+        found = self._keys(edits)
         spared = self.read(self.asked(unrelated)) if unrelated else None
         return [
             self._without(edit, keys, unrelated, spared, made)
@@ -91,25 +98,29 @@ class Scope:
         return tuple(found)
 
     def _keys(self, edits: Sequence[Edit]) -> list[EditKeys]:
-        wordings = [(edit.prompt, *edit.rephrasings) for edit in edits]
-        rows = [self.reader.encoder.prompt(text) for texts in wordings for text in texts]
-        features, real = padded(self.reader.words(rows))
-        made = self.head.keys(features, real)
-        thresholds = self.head.thresholds(made)
-        names = [
-            self.reader.names(row, weights) for row, weights in zip(rows, made.weights.unbind(1), strict=True)
-        ]
-        head = torch.tensor(self.head.fingerprint, device=thresholds.device)
-        found, start = [], 0
-        for texts in wordings:
-            here = slice(start, start + len(texts))
-            start += len(texts)
-            kept = real[here].flatten()
-            vectors = made.vectors[:, here].flatten(1, 2)[:, kept]
-            weights = made.weights[:, here].flatten(1)[:, kept]
-            lengths = real[here].sum(-1)
-            of_names = spelled(names[here])
-            found.append(EditKeys(vectors, weights, lengths, thresholds[here].clone(), head, *of_names))
+        """Each wording is read by itself.
+
+        So two edits of one prompt are equal to the bit, whatever they are made with, and the later one acts.
+        """
+        head = torch.tensor(self.fingerprint, device=input_device(self.reader.host.model))
+        found = []
+        for edit in edits:
+            rows = [self.reader.encoder.prompt(text) for text in (edit.prompt, *edit.rephrasings)]
+            made = [self.head.keys(*padded(self.reader.words([row]))) for row in rows]
+            names = [
+                self.reader.names(*pair)
+                for pair in zip(rows, (one.weights[:, 0] for one in made), strict=True)
+            ]
+            found.append(
+                EditKeys(
+                    torch.cat([one.vectors[:, 0] for one in made], 1),
+                    torch.cat([one.weights[:, 0] for one in made], 1),
+                    torch.tensor([one.weights.shape[-1] for one in made], device=head.device),
+                    torch.cat([self.head.thresholds(one) for one in made]),
+                    head,
+                    *spelled(names),
+                )
+            )
         return found
 
     def _without(
@@ -127,13 +138,17 @@ class Scope:
             return keys
         index = ScopeIndex(self.head, [keys])
         reached = torch.cat([index.log_probability(one) for one in asked])
-        strict = replace(keys, thresholds=torch.maximum(keys.thresholds, reached.amax(0) + _CLEARANCE))
+        clear = _CLEARANCE_COARSE if self.reader.host.model.dtype in _COARSE else _CLEARANCE
+        strict = replace(keys, thresholds=torch.maximum(keys.thresholds, reached.amax(0) + clear))
         ways = self.asked([edit.prompt])
         if self._shuts([edit.prompt], keys, strict):
             nearest = (*unrelated, *edit.neighbors)[int(reached.amax(1).argmax()) // len(ways)]
             why = f"{nearest!r} shall stay as it is, and is so near to {edit.prompt!r}"
             if not made:
-                raise InputError(f"{why} that the edit would never act: leave it out, or reword it")
+                raise InputError(
+                    f"{why} that the edit would not act on its own prompt, raw or as a chat: leave it out, "
+                    "or reword it"
+                )
             logger.warning("%s, by the scope head of now, that the edit acts on both", why)
             return keys
         return strict
@@ -158,6 +173,7 @@ def scope_of(host: Host, encoder: Encoder) -> Scope:
     reader, head = Reader(host, encoder), find_head(host)
     if head is not None:
         return Scope(reader, head)
-    if host.model not in _untrained:
-        _untrained[host.model] = untrained_head(reader)
-    return Scope(reader, _untrained[host.model])
+    kept = _untrained.get(host.model)
+    if kept is None or kept.mean.device != input_device(host.model):  # a host may be moved
+        kept = _untrained[host.model] = untrained_head(reader)
+    return Scope(reader, kept)
