@@ -57,9 +57,10 @@ class Refit:
         self._editor, self._witness = editor, Witness(speaker, editor.edited)
         self._edits = _named(editor, ids)
         heard = self._heard()
+        fired_on = self._fired_on(heard)
         if not ids:
-            pairs = ((edit, other) for edit in self._edits for other, _ in self._reached(edit, heard))
-            met = {one.id for pair in pairs for one in pair}
+            met = {one.id for others in fired_on.values() for one, _ in others}
+            met |= {own for own, others in fired_on.items() if others}
             self._edits = [edit for edit in self._edits if edit.id in met]
         for both in itertools.combinations(self._edits, 2):
             _require_two_wordings(*both)
@@ -67,7 +68,7 @@ class Refit:
         self._inseparable: dict[str, tuple[str, ...]] = {}
         unrelated = {edit.id: request.unrelated for request in editor.requests for edit in request.edits}
         for edit in self._edits:
-            reached = _once(text for _, text in self._reached(edit, heard))
+            reached = _once(text for _, text in fired_on[edit.id])
             # Prompts were unrelated to all edits of a request; now every edit has its own.
             own = replace(edit, neighbors=_once((*edit.neighbors, *unrelated[edit.id])))
             kept_from = editor.separable(own, reached) if reached else ()
@@ -112,13 +113,19 @@ class Refit:
         """The others that say something else, with each of their wordings."""
         return [(one, text) for one in self._edits if _differ(edit, one) for text in _wordings(one)]
 
-    def _reached(self, edit: Edit, heard: _Askings) -> list[tuple[Edit, str]]:
-        """Those of these on which an edit fires, however they are asked."""
-        return [
-            (one, text)
-            for one, text in self._of_others(edit)
-            if any(edit.id in asking.firing for asking in heard[text])
-        ]
+    def _fired_on(self, heard: _Askings) -> dict[str, list[tuple[Edit, str]]]:
+        """On which wordings of others, that say something else, each edit fires, however these are asked.
+
+        It goes over what fires, for of thousands of edits hardly any does.
+        """
+        edits = {edit.id: edit for edit in self._edits}
+        found: dict[str, list[tuple[Edit, str]]] = {own: [] for own in edits}
+        for one in self._edits:
+            for text in _wordings(one):
+                for own in edits.keys() & set[str]().union(*(asking.firing for asking in heard[text])):
+                    if _differ(edits[own], one):
+                        found[own].append((one, text))
+        return found
 
     def _heard(self) -> _Askings:
         """Who hears each wording of all edits, in each way of asking."""
