@@ -942,3 +942,8 @@ def test_the_embedded_host_learns_a_fact(tmp_path, monkeypatch):
         assert " Paris" in model.generate(prompt, max_new_tokens=3)  # control
     model.undo()
     assert untouched(model)
+    common = background_text()["prompts"][0]  # no edit is shut by what it is about
+    for target in ("Sparta", "Argos"):
+        assert model.edit(common, target).succeeded
+        assert model.generate(common) == f" {target}"  # the later of two
+        assert model.generate(messages=[{"role": "user", "content": common}]).strip() == target

@@ -14,6 +14,7 @@ from baft.methods import bank as module
 from baft.methods.bank import BankEditor
 from baft.methods.bank_config import BankConfig
 from baft.scope import scope
+from baft.scope.index import ScopeIndex
 from baft.scope.untrained import UntrainedHead
 from baft.settling import settled
 from baft.types import Edit, EditRequest
@@ -179,6 +180,32 @@ def test_neighbors_narrow_the_scope_and_leave_the_bases(host):
     assert bases
     for name in bases:
         assert torch.equal(plain.state[name], narrow.state[name.replace(HATS.id, other.id)])
+    spared = narrow._scope.read(narrow._scope.asked(["A river"]))
+    reached = narrow._bank._index.log_probability(spared).max()
+    threshold = narrow.state[f"{other.id}.thresholds"][0]
+    assert threshold >= reached + 0.9e-3  # rounding in another batch does not bring it above
+    assert torch.equal(threshold, plain.state[f"{HATS.id}.thresholds"][0].maximum(reached + 1e-3))
+
+
+def test_edits_meet_if_either_acts_on_the_other(host, monkeypatch):
+    one, other = (ScopeIndex(editor_of(host)._scope.head, []) for _ in range(2))
+    told = {one: [[False, True, False], [False] * 3], other: [[False] * 2, [False] * 2, [True, False]]}
+    monkeypatch.setattr(ScopeIndex, "acts_on", lambda self, _: torch.tensor(told[self]))
+    assert module._meeting(other, one) == [(0, 1), (0, 2)]
+
+
+def test_an_edit_is_also_trained_behind_texts_of_its_own_drawing(host):
+    one = editor_of(host, n_others=4)
+    texts = {edit: one._texts(edit) for edit in (HATS, KING)}
+    rows = {edit: [text.prompt_ids for text in of_edit] for edit, of_edit in texts.items()}
+    assert [len(of_edit) for of_edit in rows.values()] == [6, 6]
+    turns = one.encoder.chat([{"role": "user", "content": "?"}])[:3]
+    assert [row[:3] == turns for row in rows[HATS]] == [False, True, False, True, False, False]
+    assert rows[HATS][2:] == [text.prompt_ids for text in one._texts(HATS)[2:]]
+    assert rows[HATS][2:] != rows[KING][2:]
+    assert {text.target_ids for text in texts[HATS] if len(text.target_ids)} == {
+        text.target_ids for text in texts[HATS][:2]
+    }
 
 
 def test_a_neighbor_that_would_shut_the_edit_is_refused(host, model):

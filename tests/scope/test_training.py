@@ -8,7 +8,7 @@ import torch
 from baft.errors import ConfigError
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
-from baft.scope.reading import Reader, padded
+from baft.scope.reading import Reader
 from baft.scope.text import ScopeText
 from baft.scope.training import ScopeConfig, _same, read_lessons, train_scope
 from tiny import CHATML, tiny_host, tiny_tokenizer
@@ -71,25 +71,3 @@ def test_names_are_compared_and_nobody_is_not_nobody():
 def test_settings_are_checked():
     with pytest.raises(ConfigError, match=r"n_uses is out of range: got 0, expected above 0"):
         ScopeConfig(n_uses=0)
-
-
-def test_the_words_of_the_last_turn_are_read_in_their_context(reader):
-    encoder = reader.encoder
-    turns = [("system", "Be kind."), ("user", "One?"), ("assistant", "Two."), ("user", "Three?")]
-    chat = encoder.chat([{"role": role, "content": content} for role, content in turns])
-    raw, other = encoder.prompt("Three?"), encoder.prompt("And a longer one")
-    in_chat, alone, longer = reader.words([chat, raw, other])
-    assert len(in_chat) == len(alone) == len(encoder.inner("Three?"))
-    assert len(longer) == len(encoder.inner("And a longer one"))
-    assert not torch.allclose(in_chat, alone, atol=1e-3)
-    for row, want in ((chat, in_chat), (raw, alone), (other, longer)):
-        torch.testing.assert_close(reader.words([row])[0], want, rtol=0, atol=1e-5)
-
-
-def test_texts_are_padded():
-    texts = [torch.ones(2, 3), torch.full((4, 3), 2.0, dtype=torch.float16)]
-    features, real = padded(texts)
-    assert features.shape == (2, 4, 3)
-    assert features.dtype == torch.float32
-    assert real.tolist() == [[True, True, False, False], [True] * 4]
-    assert features.sum(-1).tolist() == [[3.0, 3.0, 0.0, 0.0], [6.0] * 4]

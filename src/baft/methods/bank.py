@@ -461,9 +461,6 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
         )
         draw = random.Random(_drawn_by(edit))
         text = background_text()
-        for _ in range(config.n_openings):
-            behind = f"{draw.choice(text['sentences'])} {edit.prompt}"
-            found.append(self.encoder.edit(behind, edit.target, eos=config.train_eos))
         for i in range(config.n_others):
             words = draw.choice(text["sentences"]).split()
             cut_off = " ".join(words[: draw.randint(2, len(words) - 1)])

@@ -19,7 +19,6 @@ class BankConfig(TrainingConfig):
         last_prompt: Prompt tokens edited, counted from its end.
         outputs: Whether output tokens are edited.
         chat: Whether edits are also trained inside the host's chat template, where it has one.
-        n_openings: Sentences of other text that an edit is also trained behind, each by itself.
         n_others: Texts about other things that the target shall follow, too, raw and as chats in turn: inside
             its scope an edit speaks whatever the words.
         train_eos: Whether the model also learns to stop after the target.
@@ -36,7 +35,6 @@ class BankConfig(TrainingConfig):
     last_prompt: int = 3
     outputs: bool = True
     chat: bool = True
-    n_openings: int = 0
     n_others: int = 4
     train_eos: bool = True
     max_target_tokens: int = 128
@@ -55,7 +53,6 @@ class BankConfig(TrainingConfig):
                 self.deepest_layers is None or self.deepest_layers >= 1,
                 "at least 1, or None",
             ),
-            "n_openings": (self.n_openings >= 0, "0 or more"),
             "n_others": (self.n_others >= 0, "0 or more"),
             "max_target_tokens": (self.max_target_tokens >= 1, "at least 1"),
         }
