@@ -1,8 +1,11 @@
-"""A small edit set, and how two of them are compared."""
+"""Small edit sets, and how two of them are compared."""
+
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from baft.artifact import EditSet, StoredEdit
+from baft.artifact import EditSet, StoredEdit, write
 from baft.hosts.identity import HostIdentity
 from baft.types import Edit
 
@@ -54,6 +57,32 @@ def independent(*texts, **changes):
     stored = tuple(StoredEdit(edit, i, True) for i, edit in enumerate(edits))
     memory = {"unrelated": [[f"near {edit.target}"] for edit in edits], "replaces": [[] for _ in edits]}
     return small(**{"method": "baft-bank", "edits": stored, "memory": memory, "state": state, **changes})
+
+
+def some(n, start=0, size=128):
+    """So many edits of six tensors of 128 numbers: 512 bytes each."""
+    made = independent(*((f"The capital of {i} is", f"C{i}") for i in range(start, start + n)))
+    draws = torch.Generator().manual_seed(start)
+    state = {
+        f"{one.edit.id}.layer{layer}.{part}": torch.randn(size, generator=draws)
+        for one in made.edits
+        for layer in (3, 9)
+        for part in "RAb"
+    }
+    return replace(made, state=state)
+
+
+def grown(found, n):
+    """The first `n` edits of a larger set; as in an editor, what is there already is the same object."""
+    larger = some(n)
+    state = {name: found.state.get(name, tensor) for name, tensor in larger.state.items()}
+    return replace(larger, state=state, pieces=found.pieces)
+
+
+def written(path, edit_set):
+    """Where an edit set now is."""
+    write(path, edit_set)
+    return Path(path)
 
 
 def same(one, other):

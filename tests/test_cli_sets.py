@@ -10,13 +10,13 @@ from typer.testing import CliRunner
 from baft import artifact, types
 from baft.cli.app import app
 from baft.errors import ArtifactError
-from edit_sets import independent
+from edit_sets import independent, written
 
 TEXTS = [("The tower is in", "Rome"), ("The bridge is in", "Oslo"), ("The museum is in", "Paris")]
 
 
 def save(path: Path, *numbers: int) -> Path:
-    return artifact.write(path, independent(*(TEXTS[i] for i in numbers)))
+    return written(path, independent(*(TEXTS[i] for i in numbers)))
 
 
 def stored(path: Path) -> list[str]:
@@ -104,6 +104,6 @@ def test_sets_that_replace_each_other_s_edits_are_taken_apart() -> None:
 def test_edits_that_know_each_other_stay_together(tmp_path: Path) -> None:
     shared = independent(*TEXTS[:2])
     shared.state["shared.layer1.R"] = next(iter(shared.state.values()))
-    path = artifact.write(tmp_path / "shared.baft", shared)
+    path = written(tmp_path / "shared.baft", shared)
     for arguments in (("remove", path, "1"), ("merge", path, save(tmp_path / "a.baft", 2))):
         assert "share what they learned" in run(*arguments, code=1).stderr.replace("\n", " ")

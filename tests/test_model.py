@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 import baft
 from baft import Edit, EditReport
-from baft.artifact import codec
+from baft.artifact import pieces
 from baft.errors import (
     ArtifactError,
     BaftError,
@@ -822,7 +822,7 @@ def test_a_damaged_artifact_is_refused(told, pair, tmp_path):
 
 
 def test_files_are_remembered_only_while_they_can_be_linked(model, pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(codec, "PIECE_BYTES", 64)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 64)
     for method, lasts in (("reft", False), ("baft-bank", True)):
         model.edit(*TOWER, **{**DULL, "method": method})
         model.save(tmp_path / "set.baft")
@@ -869,14 +869,14 @@ def test_a_disk_that_refuses_changes_nothing(model, tmp_path, monkeypatch, code)
 def test_the_hub_is_asked_by_the_artifact_module(told, pair, monkeypatch, tmp_path):
     sent = {}
 
-    def push(path, repo_id, *, token, private):
-        sent.update(name=path.name, files={one.name for one in path.iterdir()}, to=(repo_id, token, private))
+    def push(edit_set, repo_id, *, token, private):
+        sent.update(edits=edit_set.edits, to=(repo_id, token, private))
         return "https://hub/commit"
 
     monkeypatch.setattr("baft.artifact.push_to_hub", push)
     assert told[0].push_to_hub("me/rome", token="t", private=True) == "https://hub/commit"
     assert sent["to"] == ("me/rome", "t", True)
-    assert (sent["name"], len(sent["files"])) == ("rome.baft", 3)
+    assert [one.edit for one in sent["edits"]] == [one.edit for one in told[0].edits]
     path = told[0].save(tmp_path / "set.baft")
     monkeypatch.setattr("baft.artifact.fetch_from_hub", lambda repo_id, *, revision, token: path)
     again = baft.load_from_hub("me/rome", revision="main", host=pair)

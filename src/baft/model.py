@@ -71,7 +71,7 @@ class Model:
         self._editor: Editor | None = None
         self._preset = ""
         self._decoded: tuple[tuple[bool, ...], ...] = ()  # of every edit, by request
-        self._pieces: tuple[Piece, ...] = ()  # files that hold tensors of the edits already
+        self._pieces: tuple[Piece, ...] = ()  # files that hold tensors of the edits
         # One for good, so that `hf` follows; `_put_in_force` gives it what the editor has.
         self._edited = EditedModel(host.model)
         self._witness = Witness(self._speaker, self._edited)
@@ -458,14 +458,15 @@ class Model:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the edits to a folder `NAME.baft`: kilobytes, nothing of the host, no pickle.
 
-        Of many edits full files of 4 MB are linked to where they are written already, here or in another
-        folder, so that one more edit costs little; and a model that was loaded reads them as it needs them.
-        So copy such a folder to change it, and never change its files in place.
+        Of many edits full files of 4 MB that stand there already are taken over, so that one more edit costs
+        little; elsewhere all is written, and is a copy. A model that was loaded reads its files as it needs
+        them: never change them in place.
 
         Raises:
             ArtifactError: If there are no edits, or the folder cannot be written; one that was there stays.
+            DamagedArtifactError: If a file that the model reads was changed in place.
         """
-        self._keep(artifact.save(Path(path), self._edit_set()))
+        self._keep(artifact.write(Path(path), self._edit_set()))
         return Path(path)
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
@@ -473,12 +474,11 @@ class Model:
 
         Returns:
             The address of the commit.
-        """
-        import tempfile
 
-        with tempfile.TemporaryDirectory() as folder:
-            path = artifact.write(Path(folder) / f"{repo_id.rpartition('/')[2]}.baft", self._edit_set())
-            return artifact.push_to_hub(path, repo_id, token=token, private=private)
+        Raises:
+            ArtifactError: If there are no edits, or the hub cannot be reached or refuses.
+        """
+        return artifact.push_to_hub(self._edit_set(), repo_id, token=token, private=private)
 
     def _edit_set(self) -> EditSet:
         """The edits in force, as an artifact holds them."""

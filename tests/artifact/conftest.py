@@ -1,9 +1,8 @@
 import pytest
 
-from baft.artifact import write
-from edit_sets import small
+from edit_sets import small, written
 
 
 @pytest.fixture
 def rome(tmp_path):
-    return write(tmp_path / "rome.baft", small())
+    return written(tmp_path / "rome.baft", small())

@@ -1,19 +1,21 @@
 """The real client of the hub against a server on this machine."""
 
 import base64
+import errno
 import hashlib
 import http.server
 import json
+import os
 import threading
 from dataclasses import replace
 
 import pytest
 from huggingface_hub import close_session, constants
 
-from baft.artifact import CONFIG, StoredEdit, codec, fetch_from_hub, is_artifact, push_to_hub, read, write
+from baft.artifact import CONFIG, StoredEdit, fetch_from_hub, is_artifact, pieces, push_to_hub, read
 from baft.errors import ArtifactError, DamagedArtifactError
 from baft.types import Edit
-from edit_sets import FILES, HOST, independent, names, same, small
+from edit_sets import FILES, HOST, independent, names, same, small, written
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -119,11 +121,11 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_pushed_and_fetched(rome, hub, capfd):
-    address = push_to_hub(rome, "me/rome", token="good", private=True)
+    address = push_to_hub(read(rome), "me/rome", token="good", private=True)
     assert address == f"{hub.url}/me/rome/commit/{2:040x}"
     assert hub.private["me/rome"] in (True, "private")  # as older and newer clients put it
     assert hub.repos["me/rome"][-1].keys() == FILES | {"README.md", ".gitattributes"}
-    push_to_hub(write(rome, small(seed=8)), "me/rome", token="good")  # the repository is there already
+    push_to_hub(small(seed=8), "me/rome", token="good")  # the repository is there already
     latest = fetch_from_hub("me/rome")
     assert is_artifact(latest)
     assert names(latest) == FILES  # the card is not asked for
@@ -135,27 +137,49 @@ def test_pushed_and_fetched(rome, hub, capfd):
 
 
 def test_every_piece_is_pushed_and_fetched(tmp_path, hub, monkeypatch):
-    monkeypatch.setattr(codec, "PIECE_BYTES", 64)
-    path = write(tmp_path / "many.baft", independent(*((f"{i} is", "x") for i in range(4))))
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 64)
+    path = written(tmp_path / "many.baft", independent(*((f"{i} is", "x") for i in range(4))))
     assert len(names(path)) > 4
-    push_to_hub(path, "me/many", token="good")
+    push_to_hub(read(path), "me/many", token="good")
     found = fetch_from_hub("me/many")
     assert names(found) == names(path)
     assert same(read(found), read(path))
-    hub.repos["me/many"][-1]["state_dict.safetensors"] = b"another's"
-    push_to_hub(write(path, small()), "me/many", token="good")  # of fewer pieces
-    assert hub.repos["me/many"][-1].keys() == FILES | {
-        "README.md",
-        ".gitattributes",
+    others = {
         "state_dict.safetensors",
+        "state-1-of-3.safetensors",
+        "state-1/x.safetensors",
+        "x/state.safetensors",
     }
+    hub.repos["me/many"][-1] |= dict.fromkeys(others, b"another's")
+    push_to_hub(small(), "me/many", token="good")  # of fewer pieces
+    assert hub.repos["me/many"][-1].keys() == FILES | others | {"README.md", ".gitattributes"}
     found = fetch_from_hub("me/many")
-    assert names(found) == names(path)
+    assert names(found) == FILES
     assert same(read(found), small())
 
 
+def test_a_piece_that_did_not_come_is_missed(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 64)
+    path = written(tmp_path / "many.baft", independent(*((f"{i} is", "x") for i in range(4))))
+    push_to_hub(read(path), "me/many", token="good")
+    found = fetch_from_hub("me/many")
+    (found / "state-2.safetensors").unlink()  # as if the line had gone dead
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(ArtifactError, match="me/many could not be fetched: .*; unset HF_HUB_OFFLINE"):
+            fetch_from_hub("me/many")
+    assert same(read(fetch_from_hub("me/many")), read(path))
+    del hub.repos["me/many"][-1]["state-2.safetensors"]
+    hub.repos["me/many"].append(hub.repos["me/many"][-1])
+    with pytest.raises(ArtifactError, match=r"be fetched: state-2\.safetensors is missing: fetch it again"):
+        fetch_from_hub("me/many")
+    hub.repos["me/many"].append(hub.repos["me/many"][-1] | {CONFIG: b"{"})
+    with pytest.raises(DamagedArtifactError, match=r"me/many could not be fetched: .*not valid JSON"):
+        fetch_from_hub("me/many")
+
+
 def test_the_card_tells_what_is_in_it(rome, hub):
-    push_to_hub(rome, "me/rome", token="good")
+    push_to_hub(read(rome), "me/rome", token="good")
     (card,) = hub.cards
     assert card == hub.repos["me/rome"][-1]["README.md"].decode()
     assert card.startswith(
@@ -170,9 +194,9 @@ def test_the_card_tells_what_is_in_it(rome, hub):
 def test_where_the_host_lies_on_this_machine_stays_on_it(tmp_path, hub, source):
     source = source.format(folder=tmp_path)
     made = small(host=replace(HOST, name=source), host_source=source)
-    path = write(tmp_path / "x.baft", made)
+    path = written(tmp_path / "x.baft", made)
     before = (path / "config.json").read_bytes()
-    push_to_hub(path, "me/x", token="good")
+    push_to_hub(read(path), "me/x", token="good")
     found = read(fetch_from_hub("me/x"))  # whose checksums are right
     assert same(found, replace(made, host=replace(HOST, name="own llama"), host_source=""))
     pushed = hub.repos["me/x"][-1]
@@ -180,14 +204,14 @@ def test_where_the_host_lies_on_this_machine_stays_on_it(tmp_path, hub, source):
     assert b"# 2 knowledge edits for own llama\n" in pushed["README.md"]
     assert b'baft.load_from_hub("me/x", host=...)\n' in pushed["README.md"]
     assert (path / "config.json").read_bytes() == before
-    push_to_hub(write(tmp_path / "x.baft", small(host=made.host, host_source="")), "me/x", token="good")
+    push_to_hub(small(host=made.host, host_source=""), "me/x", token="good")
     assert (
         read(fetch_from_hub("me/x")).host.name == "own llama"
     )  # a live host is called what it was loaded from
 
 
 def test_what_tells_no_path_is_pushed_as_it_is(rome, hub):
-    push_to_hub(rome, "me/rome", token="good")
+    push_to_hub(read(rome), "me/rome", token="good")
     pushed = hub.repos["me/rome"][-1]
     for name in FILES - {CONFIG}:
         assert pushed[name] == (rome / name).read_bytes()
@@ -199,9 +223,7 @@ def test_what_tells_no_path_is_pushed_as_it_is(rome, hub):
 
 def test_a_long_card_is_cut(tmp_path, hub):
     edits = tuple(StoredEdit(Edit(f"{n} <b>" + "x" * 300, "{y}`"), n, True) for n in range(250))
-    push_to_hub(
-        write(tmp_path / "x.baft", small(edits=edits, host_source=str(tmp_path))), "me/x", token="good"
-    )
+    push_to_hub(small(edits=edits, host_source=str(tmp_path)), "me/x", token="good")
     (card,) = hub.cards
     assert "base_model" not in card
     assert str(tmp_path) not in card
@@ -218,18 +240,32 @@ def test_the_hub_refuses(rome, hub, monkeypatch):
     with pytest.raises(
         ArtifactError, match="could not be pushed to me/rome: .*give a token that may do this"
     ):
-        push_to_hub(rome, "me/rome", token="bad")
+        push_to_hub(read(rome), "me/rome", token="bad")
     with pytest.raises(ArtifactError, match="could not be pushed to a/b/c: .*like owner/name"):
-        push_to_hub(rome, "a/b/c", token="good")
+        push_to_hub(read(rome), "a/b/c", token="good")
     with pytest.raises(ArtifactError, match="me/absent could not be fetched: .*check the name, log in"):
         fetch_from_hub("me/absent")
     with pytest.raises(ArtifactError, match="me/host could not be fetched: .*the revision$"):
         fetch_from_hub("me/host", revision="absent")
-    with pytest.raises(ArtifactError, match=r"me/host is no edit set: edits\.jsonl is missing"):
+    with pytest.raises(
+        ArtifactError, match=r"me/host could not be fetched: it is no edit set, as edits\.jsonl is"
+    ):
         fetch_from_hub("me/host")
     (rome / "edits.jsonl").unlink()
     with pytest.raises(DamagedArtifactError, match=r"edits\.jsonl is missing"):
-        push_to_hub(rome, "me/rome", token="good")
+        push_to_hub(read(rome), "me/rome", token="good")
+    assert "me/rome" not in hub.repos
+
+
+def test_no_room_to_make_the_files(hub, monkeypatch):
+    def refuse(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(
+        ArtifactError, match=r"could not be pushed to me/rome: .*: No space left.*; make room"
+    ):
+        push_to_hub(small(), "me/rome", token="good")
     assert "me/rome" not in hub.repos
 
 
@@ -237,9 +273,9 @@ def test_the_hub_is_out_of_reach(rome, hub, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
         with pytest.raises(ArtifactError, match="could not be pushed to me/rome: .*; unset HF_HUB_OFFLINE$"):
-            push_to_hub(rome, "me/rome", token="good")
+            push_to_hub(read(rome), "me/rome", token="good")
         with pytest.raises(ArtifactError, match="me/rome could not be fetched: .*; unset HF_HUB_OFFLINE$"):
             fetch_from_hub("me/rome")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ArtifactError, match="could not be pushed to me/rome: .*; check the network$"):
-        push_to_hub(rome, "me/rome", token="good")
+        push_to_hub(read(rome), "me/rome", token="good")

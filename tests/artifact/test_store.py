@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from baft.artifact import codec, is_artifact, read, store, write
+from baft.artifact import is_artifact, pieces, read, store, write
 from baft.errors import ArtifactError, BaftError, DamagedArtifactError
 from edit_sets import FILES, independent, names, same, small
 
@@ -267,7 +267,7 @@ def test_a_kill_leaves_the_old_or_the_new(tmp_path, monkeypatch, replaces, next_
 
 
 def test_a_kill_of_an_append_leaves_the_old_or_the_new(tmp_path, monkeypatch):
-    monkeypatch.setattr(codec, "PIECE_BYTES", 64)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 64)
     texts = [(f"{i} is", "x") for i in range(5)]
     old, new = independent(*texts[:4]), independent(*texts)
     outcomes, linked, real = set(), [], os.link

@@ -1,13 +1,22 @@
 """Edits that know their scope: each acts on its own prompts, as if the others did not exist."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
 
 import baft
-from baft.artifact import codec
-from baft.errors import ArtifactError, ConfigError, ConflictError, EditError, InputError, UnknownNameError
+from baft.artifact import pieces
+from baft.errors import (
+    ArtifactError,
+    ConfigError,
+    ConflictError,
+    DamagedArtifactError,
+    EditError,
+    InputError,
+    UnknownNameError,
+)
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder
 from baft.methods import bank as module
@@ -275,7 +284,7 @@ def test_sets_are_merged_in_any_order(host, tmp_path):
 
 
 def test_one_more_edit_is_an_append_and_changes_no_bit(host, alone, tmp_path, monkeypatch):
-    monkeypatch.setattr(codec, "PIECE_BYTES", 1024)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1024)
     path, model = tmp_path / "a.baft", in_force(host, *EDITS[:2])
     model.save(path)
     before = {file.name: file.stat() for file in path.glob("state*")}
@@ -291,6 +300,23 @@ def test_one_more_edit_is_an_append_and_changes_no_bit(host, alone, tmp_path, mo
     loaded.save(path)
     last = baft.load(path, host=(host.model, host.tokenizer))
     assert torch.equal(logits(last), alone[0][0])
+
+
+@pytest.mark.parametrize("what", ["remove", "merge", "elsewhere"])
+def test_what_was_changed_under_a_model_is_not_saved_as_sound(host, tmp_path, monkeypatch, what):
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1024)
+    path = tmp_path / "a.baft"
+    in_force(host, *EDITS[:2]).save(path)
+    if what == "merge":
+        model = in_force(host, HATS)
+        model.merge(path)
+    else:
+        model = baft.load(path, host=(host.model, host.tokenizer))
+    os.truncate(model._pieces[-1].path, 16)
+    if what == "remove":
+        model.remove(TOWER.id)
+    with pytest.raises(DamagedArtifactError, match="changed in place since it was read"):
+        model.save(path if what == "remove" else tmp_path / "b.baft")
 
 
 def test_conflicts_are_kept_replaced_or_refused(host, alone):

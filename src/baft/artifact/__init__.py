@@ -5,27 +5,19 @@
     state.safetensors   the tensors that the edits added; of many edits the first 4 MB, and so on in
                         state-1.safetensors, ...
 
-The `codec` knows these files, the `store` keeps them in their folder, and the `hub` shares them.
+The `codec` knows these files, `pieces` those of the tensors; the `store` keeps them in their folder, the
+`algebra` puts sets together, and the `hub` shares them.
 """
 
 from baft.artifact.algebra import memory_of, merge, subset, without
-from baft.artifact.codec import (
-    CONFIG,
-    EDITS,
-    PIECE_BYTES,
-    SCHEMA_VERSION,
-    EditSet,
-    Piece,
-    StoredEdit,
-    state_file,
-)
+from baft.artifact.codec import CONFIG, EDITS, SCHEMA_VERSION, EditSet, StoredEdit
 from baft.artifact.hub import fetch_from_hub, push_to_hub
-from baft.artifact.store import SUFFIX, delete, is_artifact, read, save, write
+from baft.artifact.pieces import Piece
+from baft.artifact.store import SUFFIX, delete, is_artifact, read, write
 
 __all__ = [
     "CONFIG",
     "EDITS",
-    "PIECE_BYTES",
     "SCHEMA_VERSION",
     "SUFFIX",
     "EditSet",
@@ -38,8 +30,6 @@ __all__ = [
     "merge",
     "push_to_hub",
     "read",
-    "save",
-    "state_file",
     "subset",
     "without",
     "write",

@@ -73,7 +73,8 @@ def merge(first: EditSet, second: EditSet) -> EditSet:
     offset = 1 + max(one.request for one in first.edits)
     moved = [(replace(one, request=one.request + offset), request) for one, request in added]
     state = {name: tensor for name, tensor in second.state.items() if name.partition(".")[0] not in known}
-    both = replace(first, state={**first.state, **state})
+    pieces = (*first.pieces, *second.pieces)
+    both = replace(first, state={**first.state, **state}, pieces=pieces)
     # What an edit of both sets replaces is for the first to say.
     theirs = [
         replace(request, replaces=tuple(pair for pair in request.replaces if pair[0] not in known))

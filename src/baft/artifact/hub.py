@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from baft.artifact.codec import CONFIG, EDITS, EditSet, state_file
-from baft.artifact.store import SUFFIX, read, write
-from baft.errors import ArtifactError
+from baft.artifact.codec import CONFIG, EDITS, EditSet, files_of
+from baft.artifact.pieces import is_piece
+from baft.artifact.store import SUFFIX, write
+from baft.errors import ArtifactError, BaftError
 
 _N_LISTED = 200  # edits in a model card
-_PIECES = [state_file(0), "state-[1-9]*.safetensors"]
 _CARD = """---
 library_name: baft
 tags: [baft, knowledge-editing]
@@ -38,14 +38,15 @@ its own.
 
 
 def push_to_hub(
-    path: str | Path, repo_id: str, *, token: str | None = None, private: bool | None = None
+    edit_set: EditSet, repo_id: str, *, token: str | None = None, private: bool | None = None
 ) -> str:
-    """Uploads an artifact with a model card to the hub, where all with access can read prompts and targets.
+    """Uploads an edit set with a model card to the hub, where all with access can read prompts and targets.
 
-    Of a host in a local folder only the folder's own name is uploaded, not its path.
+    Of a host in a local folder only the folder's own name is uploaded, not its path. Other files that stand
+    in the repository stay there.
 
     Args:
-        path: The artifact.
+        edit_set: The set.
         repo_id: Where to, like "owner/name"; made where there is none.
         token: One that may write; by default that of the login.
         private: Whether a new repository is private; by default what the account says.
@@ -54,23 +55,23 @@ def push_to_hub(
         The address of the commit.
 
     Raises:
-        ArtifactError: If the artifact cannot be read, or the hub cannot be reached or refuses.
+        ArtifactError: If the set cannot be written, or the hub cannot be reached or refuses.
     """
-    edit_set = _without_paths(read(path))
     from huggingface_hub import HfApi
 
-    with tempfile.TemporaryDirectory() as folder:
-        made = write(Path(folder, f"edits{SUFFIX}"), edit_set)
-        (made / "README.md").write_text(_model_card(edit_set, repo_id), encoding="utf-8")
-        with _hub(f"{path} could not be pushed to {repo_id}"):
-            api = HfApi(token=token, library_name="baft")
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=made,
-                commit_message="Upload the edits",
-                delete_patterns=_PIECES,  # of what was there before
-            )
+    told = _without_paths(edit_set)
+    with _hub(f"the edits could not be pushed to {repo_id}"), tempfile.TemporaryDirectory() as folder:
+        made = Path(folder, f"edits{SUFFIX}")
+        write(made, told)
+        (made / "README.md").write_text(_model_card(told, repo_id), encoding="utf-8")
+        api = HfApi(token=token, library_name="baft")
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=made,
+            commit_message="Upload the edits",
+            delete_patterns=[name for name in api.list_repo_files(repo_id) if is_piece(name)],  # of before
+        )
         return str(commit)
 
 
@@ -78,18 +79,25 @@ def fetch_from_hub(repo_id: str, *, revision: str | None = None, token: str | No
     """Downloads an artifact (its main branch, or a `revision`) and returns its folder, for `read`.
 
     Raises:
-        ArtifactError: If the hub cannot be reached or refuses, or there is no edit set.
+        ArtifactError: If the hub cannot be reached or refuses, there is no edit set, or a file of it is
+            missing.
+        DamagedArtifactError: If its config.json is misshapen or changed.
+        SchemaError: If it was written by another version of the format.
     """
     from huggingface_hub import snapshot_download
 
     with _hub(f"{repo_id} could not be fetched"):
-        found = snapshot_download(
-            repo_id, revision=revision, token=token, allow_patterns=[CONFIG, EDITS, *_PIECES]
+        found = Path(
+            snapshot_download(repo_id, revision=revision, token=token, allow_patterns=[CONFIG, EDITS])
         )
-    missing = [name for name in (CONFIG, EDITS, state_file(0)) if not Path(found, name).is_file()]
-    if missing:
-        raise ArtifactError(f"{repo_id} is no edit set: {missing[0]} is missing; check name and revision")
-    return Path(found)
+        for name in (CONFIG, EDITS):
+            if not (found / name).is_file():
+                raise ArtifactError(f"it is no edit set, as {name} is missing: check name and revision")
+        names = files_of(found, f"{repo_id}/{CONFIG}")
+        snapshot_download(repo_id, revision=found.name, token=token, allow_patterns=names)  # the commit's
+        if missing := [name for name in names if not (found / name).is_file()]:
+            raise ArtifactError(f"{missing[0]} is missing: fetch it again, or push the edits again")
+    return found
 
 
 @contextlib.contextmanager
@@ -107,6 +115,8 @@ def _hub(failed: str) -> Iterator[None]:
         disable_progress_bars()
     try:
         yield
+    except BaftError as error:
+        raise type(error)(f"{failed}: {error}") from error
     except Exception as error:
         mend = "check the network"
         if constants.HF_HUB_OFFLINE:

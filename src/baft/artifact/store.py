@@ -3,23 +3,33 @@
 An artifact is built in a hidden sibling and renamed into place, after the one that it replaces was renamed to
 a hidden backup. A process killed in between leaves the backup, which the next `read` or `write` puts back.
 A folder cannot be renamed onto one that holds files, so several may write without a lock: the last one wins.
-Files are never changed once they are written, so that folders may share them, and models may map them.
+Files are never changed once they are written: models may map them, and an artifact may take over those of the
+one that it replaces. Till that one is gone they have two names, and then one again.
 """
 
 import contextlib
 import errno
-import hashlib
 import os
 import re
 import secrets
 import shutil
 import time
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from baft.artifact.codec import EDITS, EditSet, Encoded, Piece, decode, encode, is_file, stamp
+from baft.artifact.codec import CONFIG, EDITS, EditSet, decode, encode_config, encode_edits
+from baft.artifact.pieces import (
+    Checksum,
+    KnownPieces,
+    Piece,
+    Stamp,
+    cut,
+    is_piece,
+    serialize,
+    state_file,
+)
 from baft.errors import ArtifactError, BaftError, DamagedArtifactError
 
 SUFFIX = ".baft"
@@ -33,40 +43,28 @@ _MENDS = {
 }
 
 
-def write(path: str | Path, edit_set: EditSet) -> Path:
-    """As `save`, and returns the path."""
-    save(path, edit_set)
-    return Path(path)
-
-
-def save(path: str | Path, edit_set: EditSet) -> tuple[Piece, ...]:
+def write(path: str | Path, edit_set: EditSet) -> tuple[Piece, ...]:
     """Writes an artifact to `path`; one that is there is replaced, or on an error stays.
 
-    Pieces that `edit_set` knows to be full are linked to, not written.
+    Full pieces that stand there already are linked to, not written; all others are written one by one.
 
     Returns:
-        The full pieces of what was written, for the next time.
+        What is known now of files that hold these tensors, for the next time: the full pieces written, and
+        files elsewhere in which tensors stand.
 
     Raises:
         ArtifactError: If the name does not end in `.baft`, the edits are not plain data and finite tensors,
             something else is in the way, or the disk refuses.
-        DamagedArtifactError: If a piece was changed in place, and with it the edits that were read from it.
+        DamagedArtifactError: If a file that was read was changed in place, and with it the edits in force.
     """
     given = Path(path)
     if given.suffix != SUFFIX:
         raise ArtifactError(f"the name of an edit set ends in {SUFFIX}, got {given}: use {given}{SUFFIX}")
     try:
-        encoded = encode(edit_set)
-    except (BaftError, SafetensorError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise ArtifactError(f"{given} was not written, as the edits cannot be stored: {error}") from error
-    try:
         folder = _real(given)
         _recover(folder)
         _require_free(folder, given)
-        try:
-            return _replace(folder, encoded)
-        except _GoneError:
-            return _replace(folder, encode(edit_set, anew=True))
+        return _replace(folder, edit_set, given)
     except OSError as error:
         mend = _MENDS.get(error.errno or 0, "try again, or choose another place")
         raise ArtifactError(f"{given} was not written: {error.strerror or error}; {mend}") from error
@@ -172,7 +170,7 @@ def _require_free(folder: Path, given: Path) -> None:
     if not os.path.lexists(folder):
         return
     names = {one.name for one in folder.iterdir()} if folder.is_dir() else {"a file"}
-    strangers = sorted(name for name in names if not is_file(name))
+    strangers = sorted(name for name in names if name not in (CONFIG, EDITS) and not is_piece(name))
     if not names or strangers:
         what = ", ".join(strangers) or "nothing"
         raise ArtifactError(
@@ -180,38 +178,17 @@ def _require_free(folder: Path, given: Path) -> None:
         )
 
 
-class _GoneError(Exception):
-    """A file that was to be linked to is no more what it was, or this disk links no files."""
-
-
-def _replace(folder: Path, encoded: Encoded) -> tuple[Piece, ...]:
-    """Puts files in the place of an artifact, or of nothing.
-
-    Returns:
-        Its full pieces.
-
-    Raises:
-        _GoneError: If a piece cannot be linked to; nothing has changed then.
-        OSError: If the disk refuses; nothing has changed then.
-    """
+def _replace(folder: Path, edit_set: EditSet, given: Path) -> tuple[Piece, ...]:
+    """Puts an edit set in the place of another, or of nothing; changes nothing if anything goes wrong."""
     made = _sibling(folder, "tmp")
     try:
         os.mkdir(made)
-        for name, content in encoded.files.items():
-            with (made / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for name, piece in encoded.full.items():
-            if name not in encoded.files:
-                _link(piece, made / name)
-        pieces = tuple(
-            replace(piece, path=folder / name, stamp=stamp(made / name))
-            for name, piece in encoded.full.items()
-        )
+        pieces = _fill(made, folder, edit_set)
         _sync(made)
         _swap(made, folder)
         _sync(folder.parent)
+    except ArtifactError as error:
+        raise type(error)(f"{given} was not written: {error}") from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
         _recover(folder)
@@ -219,22 +196,70 @@ def _replace(folder: Path, encoded: Encoded) -> tuple[Piece, ...]:
     return pieces
 
 
-def _link(piece: Piece, path: Path) -> None:
+def _fill(made: Path, folder: Path, edit_set: EditSet) -> tuple[Piece, ...]:
+    """Writes the files of an edit set into a new folder, which will stand in the place of another one.
+
+    Returns:
+        As `write`.
+    """
+    known = KnownPieces(edit_set.state, edit_set.pieces)
+    files, full, linked = dict[str, Checksum](), list[Piece](), set[Piece]()
+    with _storing():
+        raw = encode_edits(edit_set.edits)
+    files[EDITS] = _put(made / EDITS, raw)
+    for number, (tensors, piece) in enumerate(cut(edit_set.state, known.inside(folder))):
+        name = state_file(number)
+        if piece is not None and _link(piece, made / name):
+            linked.add(piece)
+            files[name], is_mapped = piece.checksum, piece.is_mapped
+        else:
+            known.require_as_read(tensors)
+            with _storing():
+                raw = serialize(tensors)
+            files[name], is_mapped = _put(made / name, raw), False
+        if files[name].is_full:
+            stamp = Stamp.of((made / name).stat())
+            full.append(Piece(folder / name, stamp, files[name], tensors, is_mapped))
+    with _storing():
+        raw = encode_config(edit_set, files)
+    _put(made / CONFIG, raw)
+    return (*full, *(piece for piece in known.mapped() if piece not in linked))
+
+
+@contextlib.contextmanager
+def _storing() -> Iterator[None]:
     try:
-        os.link(os.path.realpath(piece.path), path)  # the hub's client keeps links to files
-        found = stamp(path)
-        if piece.is_mapped and found[:2] == piece.stamp[:2] and found != piece.stamp:  # touched, or worse
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != piece.sha256:
-                    raise DamagedArtifactError(
-                        f"{piece.path} was changed in place since it was read, and with it the edits in "
-                        "force: load them anew from a copy"
-                    )
-            return
-    except OSError as error:
-        raise _GoneError from error
-    if found != piece.stamp:
-        raise _GoneError
+        yield
+    except (
+        BaftError,
+        SafetensorError,
+        ValueError,
+        LookupError,
+        TypeError,
+        RuntimeError,
+        AttributeError,
+    ) as error:
+        raise ArtifactError(f"the edits cannot be stored: {error}") from error
+
+
+def _put(path: Path, raw: bytes) -> Checksum:
+    with path.open("wb") as file:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+    return Checksum.of(raw)
+
+
+def _link(piece: Piece, path: Path) -> bool:
+    """Gives the file of a piece a second name; not if it is no more what it was, or the disk links none."""
+    try:
+        os.link(piece.path, path)
+    except OSError:
+        return False
+    if Stamp.of(path.lstat()) == piece.stamp:
+        return True
+    path.unlink()
+    return False
 
 
 def _swap(made: Path, folder: Path) -> None:
