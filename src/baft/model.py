@@ -43,7 +43,7 @@ from baft.methods.base import (
 )
 from baft.refit import Refit
 from baft.report import AppliedEdit, EditReport, TokenGates
-from baft.settling import conflict_rows, conflicts_of, require_new, settled
+from baft.settling import conflict_rows, conflicts_of, require_new, settled, settled_beside
 from baft.types import DEFAULT_METHOD, Edit, EditRequest, OnConflict, as_edits, replaced
 from baft.witness import Witness
 
@@ -364,10 +364,15 @@ class Model:
             self._restore(artifact.without(self._edit_set(), ids))
         return gone
 
-    def merge(self, path: str | os.PathLike[str]) -> tuple[Edit, ...]:
+    def merge(self, path: str | os.PathLike[str], *, on_conflict: OnConflict = "keep") -> tuple[Edit, ...]:
         """Puts the edits of an artifact beside those in force, without training anything.
 
         Edits that are in force already are left out.
+
+        Args:
+            path: The artifact.
+            on_conflict: What to do where a prompt could be about one of its edits and about one in force that
+                says something else, as in `edit`; if both are kept, a warning names them.
 
         Returns:
             The edits added.
@@ -375,9 +380,20 @@ class Model:
         Raises:
             HostMismatchError: If they were made on another host.
             ArtifactError: If they were made in another way, or edits of that method know each other.
+            ConfigError: If `on_conflict` is none of the three.
+            ConflictError: If there is a conflict, and it was to be refused; nothing has changed then.
         """
         known, other = {one.edit.id for one in self.edits}, artifact.read(Path(path))
-        self._restore(artifact.merge(self._edit_set(), other) if known else other)
+        if self._editor is not None and known:
+            mine = self._edit_set()
+            both = artifact.merge(
+                mine, other
+            )  # refused before anything is compared, if they do not go together
+            requests = settled_beside(self._editor, other.requests, on_conflict)
+            if requests != list(other.requests):
+                both = artifact.merge(mine, replace(other, memory=artifact.memory_of(requests)))
+            other = both
+        self._restore(other)
         return tuple(one.edit for one in self.edits if one.edit.id not in known)
 
     @contextlib.contextmanager

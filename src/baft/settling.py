@@ -1,5 +1,6 @@
 """What new edits meet in a model: themselves, and edits that they conflict with."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import get_args
@@ -8,6 +9,8 @@ from baft.errors import ConfigError, ConflictError, InputError
 from baft.methods.base import Conflict, Editor
 from baft.report import ConflictRow
 from baft.types import Edit, EditRequest, OnConflict, replaced
+
+logger = logging.getLogger(__name__)
 
 
 def require_new(edits: Sequence[Edit], requests: Sequence[EditRequest]) -> None:
@@ -59,10 +62,34 @@ def settled(
     return [
         replace(
             request,
-            replaces=tuple((one.new.id, one.old.id) for one in conflicts if one.new in request.edits),
+            replaces=(
+                *request.replaces,
+                *((one.new.id, one.old.id) for one in conflicts if one.new in request.edits),
+            ),
         )
         for request in requests
     ]
+
+
+def settled_beside(editor: Editor, requests: Sequence[EditRequest], on_conflict: str) -> list[EditRequest]:
+    """As `settled`, for edits that were made elsewhere and come beside those of an editor.
+
+    What is kept is warned of, for no report tells it.
+    """
+    here = {edit.id for request in editor.requests for edit in request.edits}
+    left_out = here | replaced(requests)
+    added = [edit for request in requests for edit in request.edits if edit.id not in left_out]
+    met = [one for one in editor.conflicts(added, made=True) if one.old.id in here]
+    if met and on_conflict == "keep":
+        pairs = [f"{one.new.prompt!r} -> {one.new.target!r} ({one.old.target!r} before)" for one in met]
+        more = f", and {len(pairs) - 3} more" if len(pairs) > 3 else ""
+        logger.warning(
+            "edits that were added conflict with edits in force; the likelier acts, of equals the later one: "
+            "%s%s",
+            ", ".join(pairs[:3]),
+            more,
+        )
+    return settled(requests, met, on_conflict)
 
 
 def conflict_rows(conflicts: Sequence[Conflict], on_conflict: str) -> Iterator[ConflictRow]:

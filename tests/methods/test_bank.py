@@ -283,6 +283,28 @@ def test_sets_are_merged_in_any_order(host, tmp_path):
         shared.remove(TOWER.id)
 
 
+@pytest.mark.parametrize("choice", ["keep", "replace", "refuse"])
+def test_edits_that_say_something_else_are_met_when_sets_are_merged(host, tmp_path, caplog, choice):
+    other = in_force(host, KING, Edit(TOWER.prompt, "Be")).save(tmp_path / "other.baft")
+    model = in_force(host, HATS, TOWER)
+    before = logits(model)
+    if choice == "refuse":
+        with pytest.raises(ConflictError, match=r"conflicts with 'The tower is in the city of' -> 'Ro' \("):
+            model.merge(other, on_conflict=choice)
+        assert torch.equal(logits(model), before)
+        assert len(model.edits) == 2
+        return
+    assert [one.target for one in model.merge(other, on_conflict=choice)] == ["Al", "Be"]
+    assert [one.replaced for one in model.edits] == [False, choice == "replace", False, False]
+    assert ("-> 'Be' ('Ro' before)" in caplog.text) == (choice == "keep")
+    want = in_force(host, HATS, KING, Edit(TOWER.prompt, "Be"))
+    assert torch.equal(logits(model), logits(want))  # of equals the later one acts
+    again = baft.load(model.save(tmp_path / "both.baft"), host=(host.model, host.tokenizer))
+    assert [one.replaced for one in again.edits] == [one.replaced for one in model.edits]
+    again.remove(again.edits[-1].edit.id)
+    assert torch.equal(logits(again), logits(in_force(host, HATS, TOWER, KING)))
+
+
 def test_one_more_edit_is_an_append_and_changes_no_bit(host, alone, tmp_path, monkeypatch):
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1024)
     path, model = tmp_path / "a.baft", in_force(host, *EDITS[:2])

@@ -62,6 +62,8 @@ def merge(
     """Put the edits of two saved sets into one.
 
     Nothing is trained. Both must be of one host and made alike; edits that both hold are taken once.
+    The host is not run, so edits of one prompt that say different things are not looked for, and the likelier
+    acts, of equals the later one; `Model.merge` in Python finds them.
     """
     from baft.artifact import merge as merged
     from baft.artifact import read, write

@@ -314,9 +314,11 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
             "neighbors badly; train one with `baft scope train`",
         )
 
-    def conflicts(self, edits: Sequence[Edit], unrelated: Sequence[str] = ()) -> tuple[Conflict, ...]:
-        """The edits, in force or earlier among the new ones, that share prompts with a new one."""
-        head, keys = self._scope.head, self._keys_of(edits, unrelated)
+    def conflicts(
+        self, edits: Sequence[Edit], unrelated: Sequence[str] = (), *, made: bool = False
+    ) -> tuple[Conflict, ...]:
+        """The edits, in force or earlier among the new ones, that share raw prompts with a new one."""
+        head, keys = self._scope.head, self._keys_of(edits, unrelated, made)
         new, pairs = ScopeIndex(head, keys), list[tuple[Edit, Edit]]()
         by_id = {edit.id: edit for request in self.requests for edit in request.edits}
         for start in range(0, len(keys), _MET_AT_ONCE):

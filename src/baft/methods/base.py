@@ -221,7 +221,9 @@ class Editor(ABC):
         """What whoever reads a report should know of how this method works on this host."""
         return ()
 
-    def conflicts(self, edits: Sequence[Edit], unrelated: Sequence[str] = ()) -> tuple[Conflict, ...]:
+    def conflicts(
+        self, edits: Sequence[Edit], unrelated: Sequence[str] = (), *, made: bool = False
+    ) -> tuple[Conflict, ...]:
         """Which edits, in force or earlier among the new ones, stand in the way of new ones.
 
         None where edits have no scope.
@@ -229,6 +231,7 @@ class Editor(ABC):
         Args:
             edits: The new ones.
             unrelated: Prompts that shall stay as they are.
+            made: Whether they were made before, and come from elsewhere.
         """
         return ()
 
