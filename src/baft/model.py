@@ -43,7 +43,14 @@ from baft.methods.base import (
 )
 from baft.refit import Refit
 from baft.report import AppliedEdit, EditReport, TokenGates
-from baft.settling import conflict_rows, conflicts_of, require_new, settled, settled_beside
+from baft.settling import (
+    conflict_rows,
+    conflicts_of,
+    require_choice,
+    require_new,
+    settled,
+    settled_beside,
+)
 from baft.types import DEFAULT_METHOD, Edit, EditRequest, OnConflict, as_edits, replaced
 from baft.witness import Witness
 
@@ -383,16 +390,12 @@ class Model:
             ConfigError: If `on_conflict` is none of the three.
             ConflictError: If there is a conflict, and it was to be refused; nothing has changed then.
         """
+        require_choice(on_conflict)
         known, other = {one.edit.id for one in self.edits}, artifact.read(Path(path))
         if self._editor is not None and known:
-            mine = self._edit_set()
-            both = artifact.merge(
-                mine, other
-            )  # refused before anything is compared, if they do not go together
+            other = artifact.merge(self._edit_set(), other)
             requests = settled_beside(self._editor, other.requests, on_conflict)
-            if requests != list(other.requests):
-                both = artifact.merge(mine, replace(other, memory=artifact.memory_of(requests)))
-            other = both
+            other = replace(other, memory=artifact.memory_of(requests))
         self._restore(other)
         return tuple(one.edit for one in self.edits if one.edit.id not in known)
 

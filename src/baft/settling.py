@@ -35,6 +35,16 @@ def conflicts_of(editor: Editor, requests: Sequence[EditRequest]) -> list[Confli
     return [one for one in editor.conflicts(edits, requests[0].unrelated) if one.old.id not in gone]
 
 
+def require_choice(on_conflict: str) -> None:
+    """Refuses what is no way to settle a conflict.
+
+    Raises:
+        ConfigError: If `on_conflict` is none of the three.
+    """
+    if on_conflict not in get_args(OnConflict):
+        raise ConfigError(f"on_conflict is one of {', '.join(get_args(OnConflict))}, got {on_conflict!r}")
+
+
 def settled(
     requests: Sequence[EditRequest], conflicts: Sequence[Conflict], on_conflict: str
 ) -> list[EditRequest]:
@@ -49,8 +59,7 @@ def settled(
         ConfigError: If `on_conflict` is none of the three.
         ConflictError: If there are conflicts, and they are refused.
     """
-    if on_conflict not in get_args(OnConflict):
-        raise ConfigError(f"on_conflict is one of {', '.join(get_args(OnConflict))}, got {on_conflict!r}")
+    require_choice(on_conflict)
     if conflicts and on_conflict == "refuse":
         new, old = conflicts[0].new, conflicts[0].old
         raise ConflictError(
@@ -75,11 +84,28 @@ def settled_beside(editor: Editor, requests: Sequence[EditRequest], on_conflict:
     """As `settled`, for edits that were made elsewhere and come beside those of an editor.
 
     What is kept is warned of, for no report tells it.
+
+    Args:
+        editor: The method, with its edits.
+        requests: Of all edits together.
+        on_conflict: As for `Model.merge`.
+
+    Raises:
+        ConfigError: If `on_conflict` is none of the three.
+        ConflictError: If there are conflicts, and they are refused.
     """
-    here = {edit.id for request in editor.requests for edit in request.edits}
-    left_out = here | replaced(requests)
-    added = [edit for request in requests for edit in request.edits if edit.id not in left_out]
-    met = [one for one in editor.conflicts(added, made=True) if one.old.id in here]
+    here, gone = {edit.id for request in editor.requests for edit in request.edits}, replaced(requests)
+    added: dict[tuple[str, ...], list[Edit]] = {}  # by what they are not to be found by
+    for request in requests:
+        new = [edit for edit in request.edits if edit.id not in here | gone]
+        if new:
+            added.setdefault(request.unrelated, []).extend(new)
+    met = [
+        one
+        for unrelated, edits in added.items()
+        for one in editor.conflicts(edits, unrelated, made=True)
+        if one.old.id in here - gone
+    ]
     if met and on_conflict == "keep":
         pairs = [f"{one.new.prompt!r} -> {one.new.target!r} ({one.old.target!r} before)" for one in met]
         more = f", and {len(pairs) - 3} more" if len(pairs) > 3 else ""

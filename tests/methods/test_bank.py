@@ -305,6 +305,35 @@ def test_edits_that_say_something_else_are_met_when_sets_are_merged(host, tmp_pa
     assert torch.equal(logits(again), logits(in_force(host, HATS, TOWER, KING)))
 
 
+def test_a_merge_meets_what_comes_into_force_and_not_what_its_own_set_settled(host, tmp_path, caplog):
+    new = Edit(TOWER.prompt, "Be")
+    settled_there = in_force(host, TOWER)
+    settled_there.edit(new, on_conflict="replace", **OPTIONS)
+    both = settled_there.save(tmp_path / "both.baft")
+    model = in_force(host, TOWER)  # an earlier state of the same set
+    assert [one.target for one in model.merge(both, on_conflict="refuse")] == ["Be"]
+    assert [one.replaced for one in model.edits] == [True, False]
+    model = in_force(host, new)  # without the one that it replaced: that comes back into force, and is met
+    with pytest.raises(ConflictError, match="'Ro' conflicts with"):
+        model.merge(both, on_conflict="refuse")
+    assert not caplog.text
+    apart = in_force(host)
+    apart.edit(new, unrelated=["The tower"], **OPTIONS)  # what it is kept from is no conflict
+    path = apart.save(tmp_path / "apart.baft")
+    model = in_force(host, Edit("The tower", "Al"))
+    seen = []
+    as_it_was = BankEditor.conflicts
+
+    def conflicts(self, edits, unrelated=(), *, made=False):
+        seen.append((tuple(edits), tuple(unrelated), made))
+        return as_it_was(self, edits, unrelated, made=made)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BankEditor, "conflicts", conflicts)
+        model.merge(path)
+    assert seen == [((new,), ("The tower",), True)]
+
+
 def test_one_more_edit_is_an_append_and_changes_no_bit(host, alone, tmp_path, monkeypatch):
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1024)
     path, model = tmp_path / "a.baft", in_force(host, *EDITS[:2])

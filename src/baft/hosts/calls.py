@@ -146,8 +146,8 @@ hanging = threading.Lock()
 def calling(call: Call | None) -> Iterator[None]:
     """Inside, the hooks of this call act and those of an outer one do not; with None, no call's do.
 
-    So whoever is called in the middle of a generation (a logits processor, a streamer) may ask the host, or
-    another edited model, and the edits of that generation keep out of it.
+    So whoever is called in the middle of a generation (a logits processor, a streamer) may ask an edited
+    model, inside `disabled()` too, and the edits of that generation keep out of it. The bare host they reach.
     """
     token = current_call.set(call)
     try:

@@ -434,14 +434,16 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
     ) -> list[dict[str, Tensor]]:
         """What each of some edits is found by, by name (`EditKeys`); `made`: see `Scope.keys`."""
         found = self._keys_of(edits, unrelated, made)
+        self._last_keys = None
         return [{name: getattr(one, name).cpu() for name in _KEYS} for one in found]
 
     def _keys_of(self, edits: Sequence[Edit], unrelated: Sequence[str], made: bool = False) -> list[EditKeys]:
         """As the scope has them; the last ones are kept, for edits are compared before they are made."""
-        asked_for = (tuple(edits), tuple(unrelated), made)
-        if self._last_keys is None or self._last_keys[0] != asked_for:
-            self._last_keys = asked_for, self._scope.keys(edits, unrelated, made=made)
-        return self._last_keys[1]
+        asked_for = (tuple(edits), tuple(unrelated), made, self._scope.fingerprint)
+        last = self._last_keys
+        if last is None or last[0] != asked_for:
+            self._last_keys = last = asked_for, self._scope.keys(edits, unrelated, made=made)
+        return last[1]
 
     def _start(self, edits: Sequence[Edit], rank: int) -> Layers:
         """Random bases that change nothing yet, drawn for each edit whatever else is edited."""

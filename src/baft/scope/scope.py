@@ -49,7 +49,7 @@ class Scope:
     def fingerprint(self) -> int:
         """A number that tells what reads here from others: the head, and a host of less than 32 bits."""
         dtype = self.reader.host.model.dtype
-        return self.head.fingerprint ^ (1 + _COARSE.index(dtype) if dtype in _COARSE else 0)
+        return self.head.fingerprint ^ (1 + _COARSE.index(dtype) << 61 if dtype in _COARSE else 0)
 
     @torch.no_grad()
     def read(self, rows: Sequence[Row]) -> Asked:
