@@ -394,7 +394,7 @@ class Model:
         known, other = {one.edit.id for one in self.edits}, artifact.read(Path(path))
         if self._editor is not None and known:
             other = artifact.merge(self._edit_set(), other)
-            requests = settled_beside(self._editor, other.requests, on_conflict)
+            requests = settled_beside(self._editor, other.requests, other.state, on_conflict)
             other = replace(other, memory=artifact.memory_of(requests))
         self._restore(other)
         return tuple(one.edit for one in self.edits if one.edit.id not in known)

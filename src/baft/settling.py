@@ -1,9 +1,11 @@
 """What new edits meet in a model: themselves, and edits that they conflict with."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import get_args
+
+from torch import Tensor
 
 from baft.errors import ConfigError, ConflictError, InputError
 from baft.methods.base import Conflict, Editor
@@ -80,7 +82,9 @@ def settled(
     ]
 
 
-def settled_beside(editor: Editor, requests: Sequence[EditRequest], on_conflict: str) -> list[EditRequest]:
+def settled_beside(
+    editor: Editor, requests: Sequence[EditRequest], state: Mapping[str, Tensor], on_conflict: str
+) -> list[EditRequest]:
     """As `settled`, for edits that were made elsewhere and come beside those of an editor.
 
     What is kept is warned of, for no report tells it.
@@ -88,24 +92,21 @@ def settled_beside(editor: Editor, requests: Sequence[EditRequest], on_conflict:
     Args:
         editor: The method, with its edits.
         requests: Of all edits together.
+        state: Their tensors.
         on_conflict: As for `Model.merge`.
 
     Raises:
         ConfigError: If `on_conflict` is none of the three.
         ConflictError: If there are conflicts, and they are refused.
+        DamagedArtifactError: If tensors are missing or misshapen.
     """
     here, gone = {edit.id for request in editor.requests for edit in request.edits}, replaced(requests)
-    added: dict[tuple[str, ...], list[Edit]] = {}  # by what they are not to be found by
-    for request in requests:
-        new = [edit for edit in request.edits if edit.id not in here | gone]
-        if new:
-            added.setdefault(request.unrelated, []).extend(new)
-    met = [
-        one
-        for unrelated, edits in added.items()
-        for one in editor.conflicts(edits, unrelated, made=True)
-        if one.old.id in here - gone
+    added = [
+        EditRequest(new, request.unrelated)
+        for request in requests
+        if (new := tuple(edit for edit in request.edits if edit.id not in here | gone))
     ]
+    met = [one for one in editor.conflicts_of_made(added, state) if one.old.id not in gone]
     if met and on_conflict == "keep":
         pairs = [f"{one.new.prompt!r} -> {one.new.target!r} ({one.old.target!r} before)" for one in met]
         more = f", and {len(pairs) - 3} more" if len(pairs) > 3 else ""

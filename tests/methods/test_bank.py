@@ -24,6 +24,7 @@ from baft.methods.bank import BankEditor
 from baft.methods.bank_config import BankConfig
 from baft.scope import scope
 from baft.scope.index import ScopeIndex
+from baft.scope.scope import Scope
 from baft.scope.untrained import UntrainedHead
 from baft.settling import settled
 from baft.types import Edit, EditRequest
@@ -305,7 +306,9 @@ def test_edits_that_say_something_else_are_met_when_sets_are_merged(host, tmp_pa
     assert torch.equal(logits(again), logits(in_force(host, HATS, TOWER, KING)))
 
 
-def test_a_merge_meets_what_comes_into_force_and_not_what_its_own_set_settled(host, tmp_path, caplog):
+def test_a_merge_meets_what_comes_into_force_and_not_what_its_own_set_settled(
+    host, tmp_path, caplog, monkeypatch
+):
     new = Edit(TOWER.prompt, "Be")
     settled_there = in_force(host, TOWER)
     settled_there.edit(new, on_conflict="replace", **OPTIONS)
@@ -318,20 +321,25 @@ def test_a_merge_meets_what_comes_into_force_and_not_what_its_own_set_settled(ho
         model.merge(both, on_conflict="refuse")
     assert not caplog.text
     apart = in_force(host)
-    apart.edit(new, unrelated=["The tower"], **OPTIONS)  # what it is kept from is no conflict
+    apart.edit(new, unrelated=["The king"], **OPTIONS)
     path = apart.save(tmp_path / "apart.baft")
-    model = in_force(host, Edit("The tower", "Al"))
-    seen = []
-    as_it_was = BankEditor.conflicts
+    model, seen = in_force(host, KING, TOWER), []
+    as_it_was = BankEditor._conflicts
 
-    def conflicts(self, edits, unrelated=(), *, made=False):
-        seen.append((tuple(edits), tuple(unrelated), made))
-        return as_it_was(self, edits, unrelated, made=made)
+    def conflicts(self, edits, keys, among):
+        seen.append((edits, keys, among))
+        return as_it_was(self, edits, keys, among)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BankEditor, "conflicts", conflicts)
+    with monkeypatch.context() as patch:
+        patch.setattr(BankEditor, "_conflicts", conflicts)
+        patch.setattr(Scope, "keys", lambda *_, **__: pytest.fail("the keys were read anew"))
         model.merge(path)
-    assert seen == [((new,), ("The tower",), True)]
+    [(edits, [keys], among)] = seen
+    assert (edits, among) == ([new], None)
+    state = apart._editor.state_dict()  # as they are put into force, kept from what they are to spare
+    for name in ("vectors", "weights", "thresholds", "spelling"):
+        assert torch.equal(getattr(keys, name), state[f"{new.id}.{name}"])
+    assert "('Ro' before)" in caplog.text
 
 
 def test_one_more_edit_is_an_append_and_changes_no_bit(host, alone, tmp_path, monkeypatch):

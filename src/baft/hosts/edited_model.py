@@ -226,8 +226,7 @@ class EditedModel:
             call = None if stack is None else self._routed(stack, *given)
             with contextlib.nullcontext() if call is None else self._hooks(call):
                 output = host.generate(**arguments)
-            for cache in (arguments.get("past_key_values"), getattr(output, "past_key_values", None)):
-                _note_route(cache, in_force.router, stack)
+            _note_route(in_force.router, stack, arguments.get("past_key_values"), output)
             return output
         window = self.window(*given)
         call = Call(window, in_force.parts, None, self._stack, in_force.fused, in_force.patches)
@@ -332,8 +331,7 @@ class EditedModel:
             call = self._routed(stack, ids, real, n_prompt_tokens, recording)
             with self._hooks(call):
                 output = run(**given)
-        for one in (cache, getattr(output, "past_key_values", None)):
-            _note_route(one, router, stack)
+        _note_route(router, stack, cache, output)
         return output
 
     def _routed(
@@ -398,9 +396,11 @@ class _Route:
 _ROUTE = "_baft_route"
 
 
-def _note_route(cache: Any, router: Router, stack: Stack | None) -> None:
-    if isinstance(cache, Cache):
-        setattr(cache, _ROUTE, _Route(router, stack))
+def _note_route(router: Router, stack: Stack | None, given: Any, output: Any) -> None:
+    """Notes it in the cache that a call was given, and in the one that it gives back."""
+    for cache in (given, getattr(output, "past_key_values", None)):
+        if isinstance(cache, Cache):
+            setattr(cache, _ROUTE, _Route(router, stack))
 
 
 def _prompt_part(

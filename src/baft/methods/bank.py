@@ -83,9 +83,7 @@ class Bank:
         self._scope, self.edits, self._state, self._sites = scope, tuple(edits), state, sites
         n_held = 0 if before is None else before.n_shared(self.edits, state)
         device = input_device(scope.reader.host.model)
-        keys = [
-            EditKeys(*(state[f"{edit}.{name}"] for name in _KEYS)).to(device) for edit in self.edits[n_held:]
-        ]
+        keys = _keys_in(state, self.edits[n_held:], device)
         held = None if before is None else before._index.first(n_held)
         self._index: ScopeIndex = ScopeIndex(scope.head, keys, held)
 
@@ -247,6 +245,10 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
         (if one of the two has less than 32 bits), or by a baft that did not compare names, they are read
         anew.
         """
+        super().load_state_dict(self._read_anew(state, requests), requests)
+
+    def _read_anew(self, state: Mapping[str, Tensor], requests: Sequence[EditRequest]) -> State:
+        """A saved table with other keys for those edits whose own mean nothing here."""
         head, anew = self._scope.fingerprint, dict(state)
         strange: dict[tuple[str, ...], list[Edit]] = {}  # by what they are not to be found by
         for request in requests:
@@ -266,7 +268,7 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
         for unrelated, edits in strange.items():
             for edit, keys in zip(edits, self.keys(edits, unrelated, made=True), strict=True):
                 anew |= {f"{edit.id}.{name}": tensor for name, tensor in keys.items()}
-        super().load_state_dict(anew, requests)
+        return anew
 
     def held(self, tensor: Tensor) -> Tensor:
         """A saved tensor as it is: tables stay in main memory, or in a mapped file.
@@ -314,16 +316,31 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
             "neighbors badly; train one with `baft scope train`",
         )
 
-    def conflicts(
-        self, edits: Sequence[Edit], unrelated: Sequence[str] = (), *, made: bool = False
-    ) -> tuple[Conflict, ...]:
+    def conflicts(self, edits: Sequence[Edit], unrelated: Sequence[str] = ()) -> tuple[Conflict, ...]:
         """The edits, in force or earlier among the new ones, that share raw prompts with a new one."""
-        head, keys = self._scope.head, self._keys_of(edits, unrelated, made)
-        new, pairs = ScopeIndex(head, keys), list[tuple[Edit, Edit]]()
+        keys = self._keys_of(edits, unrelated)
+        return self._conflicts(edits, keys, ScopeIndex(self._scope.head, keys))
+
+    def conflicts_of_made(
+        self, requests: Sequence[EditRequest], state: Mapping[str, Tensor]
+    ) -> tuple[Conflict, ...]:
+        """As `conflicts`, by the keys that the edits come with."""
+        edits = [edit for request in requests for edit in request.edits]
+        ids = {edit.id for edit in edits}
+        theirs = {name: tensor for name, tensor in state.items() if name.partition(".")[0] in ids}
+        made = self._checked(self._read_anew(theirs, requests), requests, "")
+        return self._conflicts(edits, _keys_in(made, [edit.id for edit in edits], self.device), None)
+
+    def _conflicts(
+        self, edits: Sequence[Edit], keys: Sequence[EditKeys], among: ScopeIndex | None
+    ) -> tuple[Conflict, ...]:
+        """The conflicts of edits with those in force, and with earlier ones of their own index."""
+        head, pairs = self._scope.head, list[tuple[Edit, Edit]]()
         by_id = {edit.id: edit for request in self.requests for edit in request.edits}
         for start in range(0, len(keys), _MET_AT_ONCE):
             piece = ScopeIndex(head, keys[start : start + _MET_AT_ONCE])
-            pairs += [(edits[start + i], edits[j]) for i, j in _meeting(piece, new) if j < start + i]
+            if among is not None:
+                pairs += [(edits[start + i], edits[j]) for i, j in _meeting(piece, among) if j < start + i]
             if self._bank is not None:
                 pairs += [(edits[start + i], by_id[old]) for i, old in self._bank.meeting(piece)]
         return tuple(Conflict(*pair) for pair in pairs if pair[0].target.strip() != pair[1].target.strip())
@@ -433,16 +450,16 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
         self, edits: Sequence[Edit], unrelated: Sequence[str] = (), *, made: bool = False
     ) -> list[dict[str, Tensor]]:
         """What each of some edits is found by, by name (`EditKeys`); `made`: see `Scope.keys`."""
-        found = self._keys_of(edits, unrelated, made)
+        found = self._scope.keys(edits, unrelated, made=True) if made else self._keys_of(edits, unrelated)
         self._last_keys = None
         return [{name: getattr(one, name).cpu() for name in _KEYS} for one in found]
 
-    def _keys_of(self, edits: Sequence[Edit], unrelated: Sequence[str], made: bool = False) -> list[EditKeys]:
+    def _keys_of(self, edits: Sequence[Edit], unrelated: Sequence[str]) -> list[EditKeys]:
         """As the scope has them; the last ones are kept, for edits are compared before they are made."""
-        asked_for = (tuple(edits), tuple(unrelated), made, self._scope.fingerprint)
+        asked_for = (tuple(edits), tuple(unrelated), self.host.model.dtype)  # the head stays what it is
         last = self._last_keys
         if last is None or last[0] != asked_for:
-            self._last_keys = last = asked_for, self._scope.keys(edits, unrelated, made=made)
+            self._last_keys = last = asked_for, self._scope.keys(edits, unrelated)
         return last[1]
 
     def _start(self, edits: Sequence[Edit], rank: int) -> Layers:
@@ -485,6 +502,11 @@ _KEYS = {  # of `EditKeys`: axes of each
     "spelling": 1,
     "name_weights": 1,
 }
+
+
+def _keys_in(state: State, edits: Sequence[str], device: torch.device) -> list[EditKeys]:
+    """What edits are found by, out of a table."""
+    return [EditKeys(*(state[f"{edit}.{name}"] for name in _KEYS)).to(device) for edit in edits]
 
 
 def _name(edit: str, site: Site, part: str) -> str:

@@ -221,9 +221,7 @@ class Editor(ABC):
         """What whoever reads a report should know of how this method works on this host."""
         return ()
 
-    def conflicts(
-        self, edits: Sequence[Edit], unrelated: Sequence[str] = (), *, made: bool = False
-    ) -> tuple[Conflict, ...]:
+    def conflicts(self, edits: Sequence[Edit], unrelated: Sequence[str] = ()) -> tuple[Conflict, ...]:
         """Which edits, in force or earlier among the new ones, stand in the way of new ones.
 
         None where edits have no scope.
@@ -231,7 +229,22 @@ class Editor(ABC):
         Args:
             edits: The new ones.
             unrelated: Prompts that shall stay as they are.
-            made: Whether they were made before, and come from elsewhere.
+        """
+        return ()
+
+    def conflicts_of_made(
+        self, requests: Sequence[EditRequest], state: Mapping[str, Tensor]
+    ) -> tuple[Conflict, ...]:
+        """As `conflicts`, for edits that were made elsewhere.
+
+        Only those in force stand in their way; what they have among themselves is settled.
+
+        Args:
+            requests: Theirs.
+            state: A table that has their tensors, as `state_dict` gives it.
+
+        Raises:
+            DamagedArtifactError: If tensors are missing or misshapen.
         """
         return ()
 
