@@ -1,9 +1,12 @@
 """How many locality questions of a sequence name another edit's subject, and locality without these.
 
     python experiments/other_subjects.py EXPERIMENT.toml RUN
+    python experiments/other_subjects.py EXPERIMENT.toml
 
 `apart` leaves out locality questions that are worded as another edit's prompt; those that ask about its
-subject in other words stay, and may be what that edit is about. For the last stage of `baft-bank` in RUN.
+subject in other words stay, and may be what that edit is about. With RUN, by the scores of the last stage of
+`baft-bank`. Without it, by the scope alone, which no edit need be made for: what meets no edit is answered
+bit for bit as by the host, so that the share of these is what locality is at least.
 """
 
 import os
@@ -14,9 +17,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
+
 from baft.evals.experiment import read_experiment
+from baft.evals.intervals import wilson
 from baft.evals.records import read_rows
-from baft.types import Edit
+from baft.hosts.encoding import Encoder
+from baft.hosts.models import load_host
+from baft.scope.index import ScopeIndex
+from baft.scope.scope import Scope, scope_of
+from baft.types import Edit, EditCase
+
+Asked = tuple[str, bool, float]  # the case, whether another edit's subject is named, whether the reply stays
+AT_ONCE = 64  # prompts that are compared with all edits
 
 
 class Subjects:
@@ -44,42 +57,70 @@ def plain(text: str) -> str:
     return f" {words} "
 
 
-def mean(asked: Sequence[tuple[str, bool, float]]) -> float:
-    """Over cases, of the mean of each one's questions."""
+def mean(asked: Sequence[Asked]) -> str:
+    """Over cases, of the mean of each one's questions, with its 95 % interval."""
     of_case: dict[str, list[float]] = defaultdict(list)
     for case, _, score in asked:
         of_case[case].append(score)
-    return fmean(map(fmean, of_case.values()))
+    values = np.array([fmean(one) for one in of_case.values()])
+    low, high = wilson(values, 0.95)
+    return f"{values.mean():.3f} [{low:.3f}, {high:.3f}], {len(values)} cases"
 
 
-def main(experiment: Path, run: Path) -> None:
-    """Prints the counts, for each benchmark of the run."""
-    data = Path(os.environ["BAFT_DATA"])
-    rows = [row for row in read_rows(run) if row["method"] == "baft-bank" and row["stage"] == "final"]
-    for spec in read_experiment(experiment).benchmarks:
+def by_scores(run: Path, name: str) -> dict[str, list[tuple[str, float]]]:
+    """The locality questions of each case, and whether the prediction stayed."""
+    return {
+        row["case"]: [
+            (probe["prompt"], probe["scores"]["argmax"])
+            for probe in row["probes"]
+            if probe["kind"] == "locality" and "argmax" in probe["scores"]
+        ]
+        for row in read_rows(run)
+        if row["method"] == "baft-bank" and row["stage"] == "final" and row["benchmark"] == name
+    }
+
+
+def by_scope(
+    scope: Scope, cases: Sequence[EditCase], others: Sequence[EditCase]
+) -> dict[str, list[tuple[str, float]]]:
+    """The locality questions of each case, and whether it meets no edit."""
+    index = ScopeIndex(scope.head, scope.keys([case.edit for case in (*cases, *others)]))
+    pairs = [(case.id, probe.prompt) for case in cases for probe in case.probes if probe.kind == "locality"]
+    found: dict[str, list[tuple[str, float]]] = defaultdict(list)
+    for start in range(0, len(pairs), AT_ONCE):
+        part = pairs[start : start + AT_ONCE]
+        chosen = index.find(scope.read([scope.reader.encoder.prompt(prompt) for _, prompt in part]))
+        for (case, prompt), edit in zip(part, chosen.tolist(), strict=True):
+            found[case].append((prompt, float(edit < 0)))
+    return found
+
+
+def main(experiment: Path, run: Path | None) -> None:
+    """Prints the counts, for each benchmark."""
+    data, plan = Path(os.environ["BAFT_DATA"]), read_experiment(experiment)
+    if run is None:
+        host = load_host(plan.model)
+        scope = scope_of(host, Encoder.for_host(host))
+    for spec in plan.benchmarks:
         benchmark = spec.load(data)
         split = benchmark.splits[0] if spec.split is None else spec.split
         chosen = spec.chosen(benchmark, split, data)
         subjects = Subjects(case.edit for case in (*chosen.cases, *chosen.others))
         ids = {case.id: case.edit.id for case in chosen.cases}
+        name = f"{benchmark.name}/{split}"
+        stayed = by_scores(run, name) if run else by_scope(scope, chosen.cases, chosen.others)
         asked = [
-            (
-                row["case"],
-                subjects.names_another(probe["prompt"], ids[row["case"]]),
-                probe["scores"]["argmax"],
-            )
-            for row in rows
-            if row["benchmark"] == f"{benchmark.name}/{split}"
-            for probe in row["probes"]
-            if probe["kind"] == "locality" and "argmax" in probe["scores"]
+            (case, subjects.names_another(prompt, ids[case]), score)
+            for case, of_case in stayed.items()
+            for prompt, score in of_case
         ]
         if asked:
             changed = [named for _, named, score in asked if score < 1]
             left = [one for one in asked if not one[1]]
-            print(f"{benchmark.name}/{split}: {len(asked)} locality questions, locality {mean(asked):.3f};")
-            print(f"{len(asked) - len(left)} name another edit's subject, without them {mean(left):.3f};")
-            print(f"{len(changed)} changed, {sum(changed)} of which name one")
+            print(f"{name}: {len(asked)} locality questions, of which stay {mean(asked)};")
+            print(f"{len(asked) - len(left)} name another edit's subject, without them {mean(left)};")
+            print(f"{len(changed)} do not stay, {sum(changed)} of which name one", flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
