@@ -38,7 +38,7 @@ def small(seed=7, **changes):
         "host": HOST,
         "host_source": "owner/tiny",
         "edits": (ROME, TOKYO),
-        "memory": {"thresholds": [0.25, 1.0], "unrelated": ["a\tb"]},
+        "memory": {"thresholds": [0.25, 1.0], "unrelated": {"1": ["a\tb"]}},
         "state": {
             "layers.3.R": torch.randn(2, 3, generator=draws),
             "layers.9.b": torch.randn(3, generator=draws),
@@ -55,7 +55,7 @@ def independent(*texts, **changes):
         draws = torch.Generator().manual_seed(int(edit.id[:8], 16))
         state |= {f"{edit.id}.layer3.{name}": torch.randn(2, 3, generator=draws) for name in "AR"}
     stored = tuple(StoredEdit(edit, i, True) for i, edit in enumerate(edits))
-    memory = {"unrelated": [[f"near {edit.target}"] for edit in edits], "replaces": [[] for _ in edits]}
+    memory = {"unrelated": {str(i): [f"near {edit.target}"] for i, edit in enumerate(edits)}, "replaces": {}}
     return small(**{"method": "baft-bank", "edits": stored, "memory": memory, "state": state, **changes})
 
 

@@ -83,7 +83,7 @@ def test_sets_are_put_together(tmp_path: Path) -> None:
 def test_what_a_set_replaces_is_kept_when_it_is_put_behind_another() -> None:
     other, replaced = (independent(*(TEXTS[i] for i in some)) for some in ((2,), (0, 1)))
     rome, oslo = (one.edit.id for one in replaced.edits)
-    replaced.memory["replaces"][1] = [[oslo, rome]]
+    replaced.memory["replaces"]["1"] = [[oslo, rome]]
     for both in (artifact.merge(other, replaced), artifact.merge(replaced, other)):
         assert [pair for request in both.requests for pair in request.replaces] == [(oslo, rome)]
         assert types.replaced(both.requests) == {rome}
@@ -94,8 +94,8 @@ def test_what_a_set_replaces_is_kept_when_it_is_put_behind_another() -> None:
 def test_sets_that_replace_each_other_s_edits_are_taken_apart() -> None:
     one, other = independent(*TEXTS), independent(*TEXTS[:2])
     rome, oslo, paris = (each.edit.id for each in one.edits)
-    one.memory["replaces"] = [[], [[oslo, rome]], [[paris, oslo]]]
-    other.memory["replaces"] = [[[rome, oslo]], []]
+    one.memory["replaces"] = {"1": [[oslo, rome]], "2": [[paris, oslo]]}
+    other.memory["replaces"] = {"0": [[rome, oslo]]}
     left = artifact.without(artifact.merge(one, other), [rome, oslo])
     assert [each.edit.id for each in left.edits] == [paris]
     assert types.replaced(left.requests) == frozenset()

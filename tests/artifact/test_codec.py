@@ -258,7 +258,7 @@ def test_a_config_that_is_no_json_says_where(rome):
         (b"1" * 5000, "not valid JSON"),
         (b"{}", "expected a whole number as schema_version, got None"),
         (b'{"schema_version": true}', "expected a whole number as schema_version, got True"),
-        (b'{"schema_version": 1}', "field 'baft_version' is missing"),
+        (b'{"schema_version": 2}', "field 'baft_version' is missing"),
     ],
 )
 def test_a_config_that_is_none(rome, raw, message):
@@ -300,7 +300,7 @@ def test_a_config_that_somebody_edited(rome):
 
 
 @pytest.mark.parametrize(
-    ("schema", "message"), [(2, "a newer baft .* upgrade baft"), (0, "an older baft .* edit anew")]
+    ("schema", "message"), [(3, "a newer baft .* upgrade baft"), (0, "an older baft .* edit anew")]
 )
 def test_another_format_is_no_damage(rome, schema, message):
     forge(rome, schema_version=schema, whatever=1)

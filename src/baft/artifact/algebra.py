@@ -144,10 +144,10 @@ def _with_what_they_replace(
 
 
 def memory_of(requests: Sequence[EditRequest]) -> dict[str, Any]:
-    """What a set remembers of requests beside their edits."""
+    """What a set remembers of requests beside their edits, by the numbers of those that have any."""
     return {
-        "unrelated": [list(request.unrelated) for request in requests],
-        "replaces": [[list(pair) for pair in request.replaces] for request in requests],
+        "unrelated": {str(i): list(one.unrelated) for i, one in enumerate(requests) if one.unrelated},
+        "replaces": {str(i): [*map(list, one.replaces)] for i, one in enumerate(requests) if one.replaces},
     }
 
 

@@ -19,7 +19,7 @@ from baft.types import Edit, EditRequest
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 try:  # once, for it reads files
     WRITER = version("baft")
 except PackageNotFoundError:  # run from its sources
@@ -58,12 +58,12 @@ class EditSet:
     @property
     def requests(self) -> tuple[EditRequest, ...]:
         """The calls that made the edits."""
-        unrelated, replaces = (self.memory.get(name, []) for name in ("unrelated", "replaces"))
+        unrelated, replaces = (self.memory.get(name, {}) for name in ("unrelated", "replaces"))
         return tuple(
             EditRequest(
                 tuple(one.edit for one in group),
-                tuple(unrelated[i]) if i < len(unrelated) else (),
-                tuple((new, old) for new, old in replaces[i]) if i < len(replaces) else (),
+                tuple(unrelated.get(str(i), ())),
+                tuple((new, old) for new, old in replaces.get(str(i), ())),
             )
             for i, group in enumerate(self._by_request())
         )
