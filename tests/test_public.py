@@ -27,6 +27,7 @@ MODEL = [
     "refit",
     "remove",
     "save",
+    "subset",
     "tokenizer",
     "undo",
 ]

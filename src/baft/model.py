@@ -371,6 +371,23 @@ class Model:
             self._restore(artifact.without(self._edit_set(), ids))
         return gone
 
+    def subset(self, *ids: str) -> tuple[Edit, ...]:
+        """Takes all edits out but these, which are as if the others had never been; see `remove`.
+
+        Args:
+            ids: Of the edits that stay, as in `edits`.
+
+        Returns:
+            The edits taken out.
+
+        Raises:
+            UnknownNameError: If no edit has such an id.
+            ArtifactError: If no id is given, the edits in force know each other, or there are none.
+        """
+        gone = tuple(one.edit for one in self.edits if one.edit.id not in ids)
+        self._restore(artifact.subset(self._edit_set(), ids))
+        return gone
+
     def merge(self, path: str | os.PathLike[str], *, on_conflict: OnConflict = "keep") -> tuple[Edit, ...]:
         """Puts the edits of an artifact beside those in force, without training anything.
 

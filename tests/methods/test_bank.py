@@ -260,6 +260,20 @@ def test_removing_an_edit_is_as_if_it_had_never_been_made(host, alone):
         model.remove(TOWER.id)
 
 
+def test_a_subset_is_as_if_the_others_had_never_been_made(host):
+    model = in_force(host, *EDITS)
+    assert model.subset(HATS.id, TOWER.id) == (KING,)
+    assert [one.edit for one in model.edits] == [TOWER, HATS]
+    assert torch.equal(logits(model), logits(in_force(host, TOWER, HATS)))
+    for ids, error, message in (
+        ((KING.id,), UnknownNameError, f"no edit has the id '{KING.id}'"),
+        ((), ArtifactError, "keep at least one edit"),
+    ):
+        with pytest.raises(error, match=message):
+            model.subset(*ids)
+    assert model.subset(TOWER.id, HATS.id) == ()
+
+
 def test_sets_are_merged_in_any_order(host, tmp_path):
     paths = [
         in_force(host, *some).save(tmp_path / f"{i}.baft") for i, some in enumerate([EDITS[:2], EDITS[1:]])
