@@ -1,12 +1,13 @@
-"""Ten thousand edits of `baft-bank` in force, of which only those are trained that a question can reach.
+"""Many edits of `baft-bank` in force, of which only those are trained that a question can reach.
 
-    python experiments/ten_thousand.py RUN [--asked 1000]
+    python experiments/ten_thousand.py RUN [--experiment bank-10000.toml] [--asked N]
 
-Runs `bank-10000.toml` and keeps a record in RUN, as `baft bench` would. What an edit is found by needs one
-reading of its prompt; its bases are read where it acts, and nowhere else. So of the nine thousand edits that
-nothing is asked about, those are trained whose threshold a question passes, or misses by less than `SLACK`;
-the others stand in force with their keys alone. Should one of them act nevertheless, its bases are missing,
-and the run breaks off with a KeyError. All else is as if every one had been trained, for hours more.
+Runs an experiment whose benchmarks have `others` and keeps a record in RUN, as `baft bench` would. What an
+edit is found by needs one reading of its prompt; its bases are read where it acts, and nowhere else. So of
+the edits that nothing is asked about, those are trained whose threshold a question passes, or misses by less
+than `SLACK`; the others stand in force with their keys alone. Should one of them act nevertheless, its bases
+are missing, and the run breaks off with a KeyError. All else is as if every one had been trained, for hours
+more.
 """
 
 import argparse
@@ -36,12 +37,12 @@ SLACK = 0.5  # nats; thousands of times what rounding changes
 AT_ONCE = 64  # prompts that are compared with all edits
 
 
-class TenThousand(Bench):
+class Many(Bench):
     """Leaves untrained what is never read."""
 
     def _in_sequence(self, editor: Editor, task: Task) -> list[Row]:
         assert isinstance(editor, BankEditor), "the experiment names no other"
-        made = make_many(editor, task.cases)
+        made = make_many(editor, task.cases, with_cost="cost" in self.experiment.scorers)
         print(f"{len(made)} asked edits are made", flush=True)
         about = put_others(
             editor, task.others, [probe.prompt for case in task.cases for probe in case.all_probes]
@@ -97,10 +98,14 @@ def within_reach(editor: BankEditor, keys: Sequence[dict[str, Tensor]], prompts:
 if __name__ == "__main__":
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("run", type=Path, help="where the record is kept")
-    made.add_argument("--asked", type=int, default=1000, help="cases asked, of the thousand")
+    made.add_argument("--experiment", type=Path, default=Path(__file__).with_name("bank-10000.toml"))
+    made.add_argument(
+        "--asked", type=int, help="so many cases are asked of each benchmark, not as many as it says"
+    )
     args = made.parse_args()
-    experiment = read_experiment(Path(__file__).with_name("bank-10000.toml"))
-    fewer = replace(experiment.benchmarks[0], limit=args.asked)
-    ready = TenThousand(replace(experiment, benchmarks=(fewer,)), data=Path(os.environ["BAFT_DATA"]))
-    ready.run(args.run)
+    experiment = read_experiment(args.experiment)
+    if args.asked is not None:
+        fewer = tuple(replace(benchmark, limit=args.asked) for benchmark in experiment.benchmarks)
+        experiment = replace(experiment, benchmarks=fewer)
+    Many(experiment, data=Path(os.environ["BAFT_DATA"])).run(args.run)
     write_report([args.run], args.run)
