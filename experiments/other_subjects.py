@@ -18,18 +18,17 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+from false_fires import acting
 
 from baft.evals.experiment import read_experiment
 from baft.evals.intervals import wilson
-from baft.evals.records import read_rows
+from baft.evals.records import Row, read_rows
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import load_host
-from baft.scope.index import ScopeIndex
 from baft.scope.scope import Scope, scope_of
 from baft.types import Edit, EditCase
 
 Asked = tuple[str, bool, float]  # the case, whether another edit's subject is named, whether the reply stays
-AT_ONCE = 64  # prompts that are compared with all edits
 
 
 class Subjects:
@@ -67,15 +66,15 @@ def mean(asked: Sequence[Asked]) -> str:
     return f"{values.mean():.3f} [{low:.3f}, {high:.3f}], {len(values)} cases"
 
 
-def by_scores(run: Path, name: str) -> dict[str, list[tuple[str, float]]]:
-    """The locality questions of each case, and whether the prediction stayed."""
+def by_scores(rows: Sequence[Row], name: str) -> dict[str, list[tuple[str, float]]]:
+    """The locality questions of each case of a benchmark, and whether the prediction stayed."""
     return {
         row["case"]: [
             (probe["prompt"], probe["scores"]["argmax"])
             for probe in row["probes"]
             if probe["kind"] == "locality" and "argmax" in probe["scores"]
         ]
-        for row in read_rows(run)
+        for row in rows
         if row["method"] == "baft-bank" and row["stage"] == "final" and row["benchmark"] == name
     }
 
@@ -84,21 +83,21 @@ def by_scope(
     scope: Scope, cases: Sequence[EditCase], others: Sequence[EditCase]
 ) -> dict[str, list[tuple[str, float]]]:
     """The locality questions of each case, and whether it meets no edit."""
-    index = ScopeIndex(scope.head, scope.keys([case.edit for case in (*cases, *others)]))
     pairs = [(case.id, probe.prompt) for case in cases for probe in case.probes if probe.kind == "locality"]
+    rows = [scope.reader.encoder.prompt(prompt) for _, prompt in pairs]
+    met = {row for row, _ in acting(scope, (*cases, *others), rows)}
     found: dict[str, list[tuple[str, float]]] = defaultdict(list)
-    for start in range(0, len(pairs), AT_ONCE):
-        part = pairs[start : start + AT_ONCE]
-        chosen = index.find(scope.read([scope.reader.encoder.prompt(prompt) for _, prompt in part]))
-        for (case, prompt), edit in zip(part, chosen.tolist(), strict=True):
-            found[case].append((prompt, float(edit < 0)))
+    for row, (case, prompt) in enumerate(pairs):
+        found[case].append((prompt, float(row not in met)))
     return found
 
 
 def main(experiment: Path, run: Path | None) -> None:
     """Prints the counts, for each benchmark."""
     data, plan = Path(os.environ["BAFT_DATA"]), read_experiment(experiment)
-    if run is None:
+    if run is not None:
+        rows = list(read_rows(run))
+    else:
         host = load_host(plan.model)
         scope = scope_of(host, Encoder.for_host(host))
     for spec in plan.benchmarks:
@@ -108,7 +107,7 @@ def main(experiment: Path, run: Path | None) -> None:
         subjects = Subjects(case.edit for case in (*chosen.cases, *chosen.others))
         ids = {case.id: case.edit.id for case in chosen.cases}
         name = f"{benchmark.name}/{split}"
-        stayed = by_scores(run, name) if run else by_scope(scope, chosen.cases, chosen.others)
+        stayed = by_scores(rows, name) if run else by_scope(scope, chosen.cases, chosen.others)
         asked = [
             (case, subjects.names_another(prompt, ids[case]), score)
             for case, of_case in stayed.items()
