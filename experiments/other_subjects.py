@@ -68,15 +68,15 @@ def mean(asked: Sequence[Asked]) -> str:
 
 def by_scores(rows: Sequence[Row], name: str) -> dict[str, list[tuple[str, float]]]:
     """The locality questions of each case of a benchmark, and whether the prediction stayed."""
-    return {
-        row["case"]: [
-            (probe["prompt"], probe["scores"]["argmax"])
-            for probe in row["probes"]
-            if probe["kind"] == "locality" and "argmax" in probe["scores"]
-        ]
-        for row in rows
-        if row["method"] == "baft-bank" and row["stage"] == "final" and row["benchmark"] == name
-    }
+    found: dict[str, list[tuple[str, float]]] = defaultdict(list)
+    for row in rows:
+        if row["method"] == "baft-bank" and row["stage"] == "final" and row["benchmark"] == name:
+            found[row["case"]] += [
+                (probe["prompt"], probe["scores"]["argmax"])
+                for probe in row["probes"]
+                if probe["kind"] == "locality" and "argmax" in probe["scores"]
+            ]
+    return found
 
 
 def by_scope(

@@ -41,7 +41,8 @@ class Many(Bench):
     """Leaves untrained what is never read."""
 
     def _in_sequence(self, editor: Editor, task: Task) -> list[Row]:
-        assert isinstance(editor, BankEditor), "the experiment names no other"
+        if not isinstance(editor, BankEditor) or task.protocol.immediate != "none":
+            raise SystemExit("this runs baft-bank alone, asked after the last edit: immediate = 'none'")
         made = make_many(editor, task.cases, with_cost="cost" in self.experiment.scorers)
         print(f"{len(made)} asked edits are made", flush=True)
         about = put_others(
@@ -50,6 +51,7 @@ class Many(Bench):
         print(about, flush=True)
         rows = self._scored(_Models.of(editor), task.cases, made, stage="final")
         rows[-1].update(about)
+        self._look_beyond(rows, editor.edited, task.cases)
         return rows
 
 

@@ -293,7 +293,8 @@ class Model:
         began = time.monotonic()
         edits = [edit for request in requests for edit in request.edits]
         require_new(edits, editor.requests)
-        conflicts = conflicts_of(editor, requests)
+        with torch.inference_mode(False):  # keys that are read to compare them become the edit's
+            conflicts = conflicts_of(editor, requests)
         requests = settled(requests, conflicts, on_conflict)
         before = self._witness.says(edits)
         n_before, old = len(editor.requests), (self._editor, self._preset, self._decoded)
@@ -391,7 +392,8 @@ class Model:
     def merge(self, path: str | os.PathLike[str], *, on_conflict: OnConflict = "keep") -> tuple[Edit, ...]:
         """Puts the edits of an artifact beside those in force, without training anything.
 
-        Edits that are in force already are left out.
+        Edits that are in force already are left out. One that the artifact replaced by another is replaced
+        here, too, whatever is to be done about conflicts: that was settled there.
 
         Args:
             path: The artifact.
@@ -411,8 +413,8 @@ class Model:
         known, other = {one.edit.id for one in self.edits}, artifact.read(Path(path))
         if self._editor is not None and known:
             other = artifact.merge(self._edit_set(), other)
-            requests = settled_beside(self._editor, other.requests, other.state, on_conflict)
-            other = replace(other, memory=artifact.memory_of(requests))
+            requests, state = settled_beside(self._editor, other.requests, other.state, on_conflict)
+            other = replace(other, state=dict(state), memory=artifact.memory_of(requests))
         self._restore(other)
         return tuple(one.edit for one in self.edits if one.edit.id not in known)
 

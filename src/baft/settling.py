@@ -1,6 +1,7 @@
 """What new edits meet in a model: themselves, and edits that they conflict with."""
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import get_args
@@ -70,13 +71,12 @@ def settled(
         )
     if on_conflict != "replace":
         return list(requests)
+    met: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for one in conflicts:
+        met[one.new.id].append((one.new.id, one.old.id))
     return [
         replace(
-            request,
-            replaces=(
-                *request.replaces,
-                *((one.new.id, one.old.id) for one in conflicts if one.new in request.edits),
-            ),
+            request, replaces=(*request.replaces, *(pair for edit in request.edits for pair in met[edit.id]))
         )
         for request in requests
     ]
@@ -84,8 +84,8 @@ def settled(
 
 def settled_beside(
     editor: Editor, requests: Sequence[EditRequest], state: Mapping[str, Tensor], on_conflict: str
-) -> list[EditRequest]:
-    """As `settled`, for edits that were made elsewhere and come beside those of an editor.
+) -> tuple[list[EditRequest], Mapping[str, Tensor]]:
+    """As `settled`, for edits that were made elsewhere and come beside those of an editor; and their tensors.
 
     What is kept is warned of, for no report tells it.
 
@@ -94,6 +94,9 @@ def settled_beside(
         requests: Of all edits together.
         state: Their tensors.
         on_conflict: As for `Model.merge`.
+
+    Returns:
+        The requests, and the tensors as they come into force here.
 
     Raises:
         ConfigError: If `on_conflict` is none of the three.
@@ -106,6 +109,7 @@ def settled_beside(
         for request in requests
         if (new := tuple(edit for edit in request.edits if edit.id not in here | gone))
     ]
+    state = editor.as_here(state, requests)
     met = [one for one in editor.conflicts_of_made(added, state) if one.old.id not in gone]
     if met and on_conflict == "keep":
         pairs = [f"{one.new.prompt!r} -> {one.new.target!r} ({one.old.target!r} before)" for one in met]
@@ -116,7 +120,7 @@ def settled_beside(
             ", ".join(pairs[:3]),
             more,
         )
-    return settled(requests, met, on_conflict)
+    return settled(requests, met, on_conflict), state
 
 
 def conflict_rows(conflicts: Sequence[Conflict], on_conflict: str) -> Iterator[ConflictRow]:

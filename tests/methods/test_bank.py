@@ -19,6 +19,7 @@ from baft.errors import (
 )
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder
+from baft.hosts.models import Host
 from baft.methods import bank as module
 from baft.methods.bank import BankEditor
 from baft.methods.bank_config import BankConfig
@@ -28,6 +29,7 @@ from baft.scope.scope import Scope
 from baft.scope.untrained import UntrainedHead
 from baft.settling import settled
 from baft.types import Edit, EditRequest
+from tiny import CHATML, tiny_host, tiny_tokenizer
 
 TOWER = Edit("The tower is in the city of", "Ro")
 KING = Edit("The king of France was", "Al")
@@ -197,6 +199,41 @@ def test_neighbors_narrow_the_scope_and_leave_the_bases(host):
     assert torch.equal(threshold, plain.state[f"{HATS.id}.thresholds"][0].maximum(reached + 1e-3))
 
 
+def test_on_a_coarse_host_scopes_keep_clear_by_more_and_are_read_anew(monkeypatch):
+    monkeypatch.setattr("baft.scope.untrained._MIDPOINT", 0.6)
+    tokenizer = tiny_tokenizer(chat_template=CHATML)
+    halves, singles = (
+        Host("tiny", tiny_host("llama", max_position_embeddings=512, dtype=dtype), tokenizer, "tiny")
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    edit = dataclasses.replace(HATS, neighbors=("Ten hats of",))
+    coarse, fine = editor_of(halves), editor_of(singles)
+    for editor, clearance in ((coarse, 0.05), (fine, 1e-3)):
+        [keys] = editor._scope.keys([edit])
+        [plain] = editor._scope.keys([HATS])
+        reached = ScopeIndex(editor._scope.head, [plain]).log_probability(
+            editor._scope.read(editor._scope.asked(["Ten hats of"]))
+        )
+        want = plain.thresholds[0].maximum(reached.max() + clearance)
+        torch.testing.assert_close(keys.thresholds[0], want, rtol=0, atol=1e-6)
+        assert reached.max() + clearance > plain.thresholds[0]  # control: the neighbor raises it
+    fine.apply(EditRequest((KING,)))
+    coarse.load_state_dict(fine.state_dict(), fine.requests)
+    [anew] = coarse.keys([KING])
+    assert int(anew["head"]) != int(fine.state[f"{KING.id}.head"])
+    for name, tensor in anew.items():
+        assert torch.equal(coarse.state[f"{KING.id}.{name}"], tensor)
+
+
+def test_a_host_of_short_context_is_trained_on_what_fits():
+    short = Host("short", tiny_host("llama", max_position_embeddings=40), tiny_tokenizer(), "tiny")
+    editor = editor_of(short, n_others=4)
+    texts = [text for edit in EDITS for text in editor._texts(edit)]
+    assert len(texts) == 15
+    assert len({text.prompt_ids for text in texts}) < 15  # control: some of the others are too long
+    assert editor.apply(EditRequest(EDITS)).decoded == (True,) * 3
+
+
 def test_edits_meet_if_either_acts_on_the_other(host, monkeypatch):
     one, other = (ScopeIndex(editor_of(host)._scope.head, []) for _ in range(2))
     told = {one: [[False, True, False], [False] * 3], other: [[False] * 2, [False] * 2, [True, False]]}
@@ -356,6 +393,45 @@ def test_a_merge_meets_what_comes_into_force_and_not_what_its_own_set_settled(
     assert "('Ro' before)" in caplog.text
 
 
+def test_a_merge_leaves_replaced_what_was_replaced_before(host, tmp_path):
+    model = in_force(host, TOWER)
+    model.edit(Edit(TOWER.prompt, "Be"), on_conflict="replace", **OPTIONS)
+    model.edit(KING, **OPTIONS)
+    model.merge(in_force(host, Edit(KING.prompt, "Fr")).save(tmp_path / "a.baft"), on_conflict="replace")
+    assert [(one.edit.target, one.replaced) for one in model.edits] == [
+        ("Ro", True),
+        ("Be", False),
+        ("Al", True),
+        ("Fr", False),
+    ]
+
+
+def test_what_an_added_set_replaced_itself_meets_nothing(host, tmp_path, caplog):
+    added = in_force(host, Edit(TOWER.prompt, "Be"))
+    added.edit(Edit(TOWER.prompt, "Co"), on_conflict="replace", **OPTIONS)
+    model = in_force(host, TOWER)
+    model.merge(added.save(tmp_path / "a.baft"))
+    assert "-> 'Co' ('Ro' before)" in caplog.text
+    assert "'Be'" not in caplog.text
+    assert [one.replaced for one in model.edits] == [False, True, False]
+
+
+def test_a_merge_reads_strange_scopes_once(host, tmp_path, monkeypatch, caplog):
+    path = in_force(host, KING, HATS).save(tmp_path / "a.baft")
+    monkeypatch.setattr("baft.scope.untrained._RECIPE", 2)
+    model, read, as_it_was = in_force(host, TOWER), [], Scope.keys
+
+    def keys(self, edits, *rest, **options):
+        read.append(edits)
+        return as_it_was(self, edits, *rest, **options)
+
+    monkeypatch.setattr(Scope, "keys", keys)
+    model.merge(path)
+    assert read == [[KING, HATS]]
+    assert caplog.text.count("read with another head") == 1
+    assert len(model.edits) == 3
+
+
 def test_one_more_edit_is_an_append_and_changes_no_bit(host, alone, tmp_path, monkeypatch):
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1024)
     path, model = tmp_path / "a.baft", in_force(host, *EDITS[:2])
@@ -421,6 +497,19 @@ def test_conflicts_inside_one_call_are_found(host, model):
     report = model.edit_many([TOWER, KING, other], on_conflict="replace", **OPTIONS)
     assert [(row.edit_id, row.old_id) for row in report.conflicts] == [(other.id, TOWER.id)]
     assert [one.replaced for one in model.edits] == [True, False, False]
+
+
+def test_conflicts_are_found_in_pieces_too(host, model, monkeypatch):
+    monkeypatch.setattr(module, "_MET_AT_ONCE", 2)
+    others = [dataclasses.replace(TOWER, target="Be"), dataclasses.replace(TOWER, target="Co")]
+    report = model.edit_many([TOWER, KING, *others], **OPTIONS)
+    want = {(others[0].id, TOWER.id), (others[1].id, TOWER.id), (others[1].id, others[0].id)}
+    assert {(row.edit_id, row.old_id) for row in report.conflicts} == want
+    assert len(report.conflicts) == 3
+    heard = model._editor.heard([HATS.prompt, KING.prompt, TOWER.prompt])
+    everyone = {TOWER.id, *(one.id for one in others)}
+    assert [[one.firing for one in ways] for ways in heard][1:] == [[{KING.id}] * 2, [everyone] * 2]
+    assert [{one.acting for one in ways} for ways in heard] == [{None}, {KING.id}, {others[1].id}]
 
 
 def test_who_replaced_whom_survives_removal(host, alone):

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from baft.errors import DamagedArtifactError
 from baft.nn.scope import ScopeHead, ScopeKeys, late_interaction
 from baft.scope import index as module
-from baft.scope.index import Asked, EditKeys, ScopeIndex, spelled
+from baft.scope.index import Asked, EditKeys, ScopeIndex, likeliest, spelled
 from baft.scope.names import Names, cost_of
 
 DIM = 5
@@ -255,3 +255,40 @@ def test_names_that_are_not_of_the_wordings_are_refused(field, value):
     sound = keys_of((1, 1), 0, names=[Names(("ada",), (1.0,)), Names(("bob",), (1.0,))])
     with pytest.raises(DamagedArtifactError, match="names of an edit's wordings cannot be read"):
         dataclasses.replace(sound, **{field: value}).names()
+
+
+def test_equal_keys_are_equal_whatever_block_they_are_in():
+    """A product of one column rounds otherwise than one of a thousand: the later edit acts all the same."""
+    net = ScopeHead(7, n_dims=64).requires_grad_(False)
+    draw, head = torch.Generator().manual_seed(0), Head()
+    head.net, head.discounts = net, net.discounts
+    keys = []
+    for _ in range(module._EDITS_IN_BLOCK):
+        vectors = normalize(torch.randn(2, 6, 64, generator=draw), dim=-1)
+        lengths, strict = torch.tensor([6]), torch.full((1,), -3.0)
+        weights = torch.full((2, 6), 1 / 6)
+        keys.append(EditKeys(vectors, weights, lengths, strict, torch.tensor(0), *spelled([NOBODY])))
+    several = [keys[i] for i in range(0, 400, 10)]
+    noise = torch.randn(2, len(several), 6, 64, generator=draw)
+    near = normalize(torch.stack([one.vectors for one in several], 1) + 0.05 * noise, dim=-1)
+    asked = Asked(near, torch.ones(len(several), 6).bool(), lambda row: NOBODY)
+    whole, differ = ScopeIndex(head, keys), 0
+    for i, one in enumerate(several):
+        index = ScopeIndex(head, [one], whole)
+        assert index.find(asked)[i] == len(keys)
+        passing = index.passing(asked)[i]
+        differ += int(passing[10 * i] != passing[-1])
+    assert differ  # control: their scores are not the same bits
+
+
+def test_what_differs_by_more_than_rounding_is_not_equal():
+    passing = torch.tensor(
+        [
+            [-1e-4, -1.001e-4, -torch.inf],
+            [-1e-4, -1.00001e-4, -torch.inf],
+            [-2.0, -1.0, -1.1],
+            [-torch.inf] * 3,
+            [0.0, -1e-9, 0.0],
+        ]
+    )
+    assert likeliest(passing).tolist() == [0, 1, 1, -1, 2]

@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from baft.errors import EditError
+from baft.errors import EditError, InputError
 from baft.hosts.architecture import Site, edited_sites, find_architecture, input_device, site_device
 from baft.hosts.background import background_text
 from baft.hosts.calls import Stack
@@ -245,9 +245,9 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
         (if one of the two has less than 32 bits), or by a baft that did not compare names, they are read
         anew.
         """
-        super().load_state_dict(self._read_anew(state, requests), requests)
+        super().load_state_dict(self.as_here(state, requests), requests)
 
-    def _read_anew(self, state: Mapping[str, Tensor], requests: Sequence[EditRequest]) -> State:
+    def as_here(self, state: Mapping[str, Tensor], requests: Sequence[EditRequest]) -> State:
         """A saved table with other keys for those edits whose own mean nothing here."""
         head, anew = self._scope.fingerprint, dict(state)
         strange: dict[tuple[str, ...], list[Edit]] = {}  # by what they are not to be found by
@@ -328,7 +328,7 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
         edits = [edit for request in requests for edit in request.edits]
         ids = {edit.id for edit in edits}
         theirs = {name: tensor for name, tensor in state.items() if name.partition(".")[0] in ids}
-        made = self._checked(self._read_anew(theirs, requests), requests, "")
+        made = self._checked(theirs, requests, "")
         return self._conflicts(edits, _keys_in(made, [edit.id for edit in edits], self.device), None)
 
     def _conflicts(
@@ -487,7 +487,10 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
             cut_off = " ".join(words[: draw.randint(2, len(words) - 1)])
             other = (cut_off, draw.choice(text["chat_prompts"]), cut_off, draw.choice(text["prompts"]))[i % 4]
             is_chat = config.chat and self.encoder.has_chat and i % 4 == 1
-            found.append(self.encoder.edit(other, edit.target, chat=is_chat, eos=config.train_eos))
+            try:
+                found.append(self.encoder.edit(other, edit.target, chat=is_chat, eos=config.train_eos))
+            except InputError:  # too long for a host of so short a context: its own prompt counts double
+                found.append(found[0])
         return found
 
 

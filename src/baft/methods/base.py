@@ -232,6 +232,15 @@ class Editor(ABC):
         """
         return ()
 
+    def as_here(self, state: Mapping[str, Tensor], requests: Sequence[EditRequest]) -> Mapping[str, Tensor]:
+        """A saved table as it comes into force on this host: as it is, or what means nothing here made anew.
+
+        Args:
+            state: The table.
+            requests: Those that it is of.
+        """
+        return state
+
     def conflicts_of_made(
         self, requests: Sequence[EditRequest], state: Mapping[str, Tensor]
     ) -> tuple[Conflict, ...]:
@@ -241,7 +250,7 @@ class Editor(ABC):
 
         Args:
             requests: Theirs.
-            state: A table that has their tensors, as `state_dict` gives it.
+            state: A table that has their tensors, as `as_here` gives it.
 
         Raises:
             DamagedArtifactError: If tensors are missing or misshapen.

@@ -16,6 +16,7 @@ from baft.scope.names import Names, cost_of
 _AT_ONCE = 1 << 22  # cosines held in memory: 16 MB of them
 _EDITS_IN_BLOCK = 1024
 _EXCLUDED = -2.0  # below every cosine
+_EQUAL = 1e-4  # of a log-probability; of equal keys it differed by 4e-6 of itself
 
 
 @runtime_checkable
@@ -217,9 +218,14 @@ class ScopeIndex:
 
 
 def likeliest(passing: Float[Tensor, "row edit"]) -> Int[Tensor, " row"]:
-    """The edit with the highest finite number, of equals the latest; -1 where there is none."""
-    best = passing.flip(1).max(1)
-    return torch.where(best.values > -torch.inf, passing.shape[1] - 1 - best.indices, -1)
+    """The edit with the highest log-probability, of equals the latest; -1 where all are minus infinity.
+
+    Those of equal keys differ by rounding (`_EQUAL`), for each block of edits is a product of its own shape.
+    """
+    best = passing.amax(1, keepdim=True)  # at most zero
+    equal = (passing >= best * (1 + _EQUAL)) & (best > -torch.inf)
+    latest = passing.shape[1] - 1 - equal.flip(1).int().argmax(1)
+    return torch.where(equal.any(1), latest, -1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

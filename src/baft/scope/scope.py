@@ -100,7 +100,8 @@ class Scope:
     def _keys(self, edits: Sequence[Edit]) -> list[EditKeys]:
         """Each wording is read by itself.
 
-        So two edits of one prompt are equal to the bit, whatever they are made with, and the later one acts.
+        So the keys of two edits of one prompt are equal to the bit, whatever they are made with, and the
+        later one acts (`likeliest`).
         """
         head = torch.tensor(self.fingerprint, device=input_device(self.reader.host.model))
         found = []
