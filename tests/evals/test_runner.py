@@ -31,6 +31,7 @@ from baft.evals.runner import Bench
 from baft.evals.texts import fluency, text_loss
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.models import Host
+from baft.methods import inserting
 from baft.methods.bank import BankEditor
 from baft.methods.base import methods
 from tiny import tiny_host
@@ -132,6 +133,30 @@ def test_a_row_says_what_was_asked_and_what_came_of_it(experiment, host, tmp_pat
     assert manifest["host"]["weights"]
     assert manifest["settings"]["reft"]["max_steps"] == 60
     assert manifest["versions"]["torch"]
+
+
+def test_moments_are_taken_on_the_text_in_the_folder_of_the_files_and_the_record_says_so(
+    experiment, host, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("BAFT_DATA", raising=False)
+    (tmp_path / "general").mkdir()
+    (tmp_path / "general/wikitext-2-valid.txt").write_text("A river runs far from here.\nBread.\n")
+    quick = {"layer": 1, "max_steps": 1, "n_prefixes": 1, "moments_tokens": 20}
+    given, seen = experiment(MethodSpec(name="rome", settings=quick)), []
+    as_it_was = inserting.second_moments
+    monkeypatch.setattr(
+        inserting,
+        "second_moments",
+        lambda *args: seen.append(args[3].pieces) or as_it_was(*args),
+    )
+    benches = [Bench(given, host=host, data=tmp_path), Bench(given, host=host)]
+    for number, bench in enumerate(benches):
+        rows_of(bench, tmp_path / str(number))
+    assert seen[0] == ("A river runs far from here.", "Bread.")
+    assert len(seen[1]) > 100  # control: our own text
+    with pytest.raises(ConfigError, match="another configuration: moments_texts was"):
+        benches[1].run(tmp_path / "0" / "run")
+    assert "moments_texts" not in Bench(experiment(), host=host).manifest
 
 
 def test_chat_questions_are_asked_in_chat_and_nothing_else_is(experiment, host, tmp_path):

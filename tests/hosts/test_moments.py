@@ -9,7 +9,7 @@ from baft.errors import ConfigError, UnsupportedHostError
 from baft.hosts import moments as module
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
-from baft.hosts.moments import Corpus, corpus, regularized, second_moments
+from baft.hosts.moments import Corpus, corpus, regularized, second_moments, texts_from
 from baft.hosts.patches import down_projection
 from tiny import tiny_host, tiny_tokenizer
 
@@ -117,6 +117,11 @@ def test_the_text_is_the_named_one_else_the_validation_text_else_our_own(tmp_pat
     (data / "general/wikitext-2-test.txt").write_text("Never read.\n")
     monkeypatch.setenv("BAFT_DATA", str(data))
     assert corpus(None).pieces == ("Some words .",)
+    monkeypatch.delenv("BAFT_DATA")
+    with texts_from(data):
+        assert corpus(None).pieces == ("Some words .",)
+    with texts_from(tmp_path):
+        assert "background" in corpus(None).name
     (tmp_path / "b.txt").write_text("B one.\n\nB two.\n")
     assert corpus(str(tmp_path / "b.txt")).pieces == ("B one.", "B two.")
     folder = tmp_path / "folder"

@@ -34,6 +34,14 @@ def test_a_named_subject_is_found_as_the_prompt_says_it():
     assert said("the tower of the tower-house", "tower") == "tower"
     assert subject_span(Edit("a tower by the tower", "x", subject="tower"))[0] == 15  # the last
     assert said("Where is the EIFFEL tower?", "Eiffel Tower") == "EIFFEL tower"
+    assert subject_span(Edit("The US joined thus in", "x", subject="US"))[0] == 4  # not inside a word
+    assert subject_span(Edit("Rome, unlike Romeo and rome, is", "x", subject="Rome"))[0] == 0
+    assert (
+        subject_span(Edit("Romeo and rome met in", "x", subject="Rome"))[0] == 10
+    )  # a word before a spelling
+    assert said("İzmir lies in Turkey, which is", "turkey") == "Turkey"  # "İ" is longer in small letters
+    assert said("Die Hauptstadt von Großbritannien ist", "britannien") == "britannien"  # else a part of one
+    assert said("What is C++ (the language)?", "C++") == "C++"
     with pytest.raises(InputError, match="'Louvre' is not in the prompt .* give subject="):
         said("Where is the Eiffel tower?", "Louvre")
     for prompt in ("the tower is in", "The tower is in", "what?"):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from baft.methods.base import Editor
+from baft.methods.base import Editor, is_earlier
 
 PROC = Path("/proc/self")
 
@@ -114,5 +114,8 @@ class _Sampler:
 
 
 def stored_bytes(editor: Editor) -> int:
-    """Bytes that an artifact holds of the edits in force, what undo needs included."""
-    return sum(tensor.nbytes for tensor in editor.tensors().values())
+    """Bytes that an artifact holds of the edits in force, without what undo goes back to.
+
+    How far that goes is for each method to say; some keep whole tables for it, others need none.
+    """
+    return sum(tensor.nbytes for name, tensor in editor.tensors().items() if not is_earlier(name))

@@ -22,7 +22,8 @@ class Cost:
 
     Args:
         peak_bytes: How far memory rose above what was in use before, while they were made together.
-        stored_bytes: What an artifact keeps of all edits in force, for each of them.
+        stored_bytes: What an artifact keeps of all edits in force, for each of them; not what undo goes back
+            to.
     """
 
     peak_bytes: int

@@ -24,6 +24,7 @@ from baft.hosts.edited_model import EditedModel
 from baft.hosts.identity import identify
 from baft.hosts.kernels import fast_linears
 from baft.hosts.models import Host, load_host
+from baft.hosts.moments import corpus, texts_from
 from baft.methods.base import Editor, GateReading, StackedEditor, methods
 from baft.types import EditCase, Probe
 
@@ -109,6 +110,7 @@ class Bench:
                 }
                 for name, benchmark in self.benchmarks.items()
             },
+            **({"moments_texts": texts} if (texts := self._moments_texts()) else {}),
             "versions": versions(),
             "git": git_revision(),
             "machine": machine(self.host.model.device),
@@ -138,7 +140,7 @@ class Bench:
         """The rows of one method on one task: one a case and stage."""
         editor = self._editor(method, task.seed)
         editor.reset()
-        with fast_linears():
+        with fast_linears(), texts_from(self.data):
             if task.protocol.kind == "single":
                 rows = self._apart(editor, task.cases) or self._one_by_one(editor, task.cases)
             elif task.protocol.kind == "batched":
@@ -157,6 +159,15 @@ class Bench:
             "chunk": task.chunk,
         }
         return [about | row for row in rows]
+
+    def _moments_texts(self) -> dict[str, str]:
+        """The SHA-256 of the text that a method takes second moments on, of those that do."""
+        with texts_from(self.data):
+            return {
+                name: corpus(found.moments_text).sha256
+                for name, found in self.settings.items()
+                if hasattr(found, "moments_text")
+            }
 
     def _make(self, editor: Editor, cases: Sequence[EditCase]) -> Made:
         return make(editor, cases, with_cost="cost" in self.experiment.scorers)

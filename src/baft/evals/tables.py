@@ -307,7 +307,7 @@ def edits_table(results: Results, arena: Arena) -> Table:
     if with_cost:
         note += (
             " Peak memory is the median rise above what was in use before an edit, or a batch of them, was "
-            "made; kept is what an artifact holds for each edit in force, what undo needs included."
+            "made; kept is what an artifact holds for each edit in force, without earlier states for undo."
         )
     return Table(header, rows, note=note)
 

@@ -5,11 +5,13 @@ output on ordinary inputs stay as it is. The moments are not centered, every tok
 and sums are taken in float64. They are computed once for a host, module and text, and kept in the cache.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,12 +52,31 @@ class Corpus:
     name: str
     pieces: tuple[str, ...]
 
+    @property
+    def sha256(self) -> str:
+        """What tells this text from others."""
+        return hashlib.sha256("\0".join(self.pieces).encode()).hexdigest()
+
+
+_public_files: ContextVar[Path | None] = ContextVar("baft_public_files", default=None)
+
+
+@contextlib.contextmanager
+def texts_from(folder: Path | None) -> Iterator[None]:
+    """Inside, `corpus` looks for public text in this folder, not in the one that `BAFT_DATA` names."""
+    token = _public_files.set(folder)
+    try:
+        yield
+    finally:
+        _public_files.reset(token)
+
 
 def corpus(named: str | None) -> Corpus:
     """The text that moments are taken on.
 
     A file or folder of text files if one is named; else the validation text of WikiText-2, where the folder
-    that `BAFT_DATA` names has it; else the project's own background text, which is small.
+    of `texts_from`, or that `BAFT_DATA` names, has it; else the project's own background text, which is
+    small.
 
     Raises:
         ConfigError: If what is named is not there, or holds no text.
@@ -72,7 +93,7 @@ def corpus(named: str | None) -> Corpus:
                 f"moments_text {named!r} holds no text: name a text file, or a folder with .txt files"
             )
         return Corpus(path.name, tuple(pieces))
-    data = os.environ.get("BAFT_DATA")
+    data = _public_files.get() or os.environ.get("BAFT_DATA")
     if data and (path := Path(data).expanduser() / CALIBRATION).is_file():
         return Corpus("WikiText-2 (validation)", tuple(_paragraphs(path)))
     text = background_text()
@@ -101,9 +122,9 @@ def second_moments(
         InputError: If no piece of the text has tokens.
         UnsupportedHostError: If a module is not linear.
     """
-    said = hashlib.sha256("\0".join(text.pieces).encode()).hexdigest()
     paths = {
-        name: kept_path("moments", host, (name, said, n_tokens, _WINDOW_TOKENS, _FORMAT)) for name in modules
+        name: kept_path("moments", host, (name, text.sha256, n_tokens, _WINDOW_TOKENS, _FORMAT))
+        for name in modules
     }
     found: dict[str, Tensor] = {}
     for name, path in paths.items():

@@ -1,5 +1,6 @@
 """What every editing method offers, and the registry that names them."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -198,7 +199,8 @@ class Editor(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """The same, not copied where that can be: for who reads them, and changes none.
 
-        What an edit added is the same object each time, where it is on the CPU and the method keeps it.
+        What an edit added is the same object each time, where it is on the CPU and the method keeps it. What
+        undo goes back to is named `before` or `snapshot` with a number (`is_earlier`).
         """
         return self.state_dict()
 
@@ -333,6 +335,11 @@ class ScopedEditor(Editor):
     @abstractmethod
     def separable(self, edit: Edit, prompts: Sequence[str]) -> tuple[str, ...]:
         """Those of some prompts that an edit can have as neighbors and lose none of its own wordings."""
+
+
+def is_earlier(name: str) -> bool:
+    """Whether a tensor of `Editor.tensors` is not in force, and kept for undo to go back to."""
+    return re.match(r"(before|snapshot)\d+\.", name) is not None
 
 
 def single_edits(requests: Sequence[EditRequest]) -> list[Edit]:

@@ -39,18 +39,23 @@ class Placed:
 def subject_span(edit: Edit) -> tuple[int, int]:
     """Where in the prompt the subject begins and ends; the last time it is said, where it is said twice.
 
+    As whole words if it is there as such, and as it is spelled if it is there so: "US" is not in "thus".
+
     Raises:
         InputError: If the subject is not in the prompt, or none is named and none can be told.
     """
     prompt = edit.prompt
     if edit.subject and edit.subject.strip():
         named = edit.subject.strip()
-        start = max(prompt.rfind(named), prompt.lower().rfind(named.lower()))
-        if start < 0:
-            raise InputError(
-                f"the subject {named!r} is not in the prompt {prompt!r}: give subject= as the prompt says it"
-            )
-        return start, start + len(named)
+        part = re.escape(named)
+        whole = rf"(?<!\w){part}(?!\w)"
+        for pattern, flags in ((whole, 0), (whole, re.IGNORECASE), (part, 0), (part, re.IGNORECASE)):
+            found = list(re.finditer(pattern, prompt, flags))
+            if found:
+                return found[-1].span()
+        raise InputError(
+            f"the subject {named!r} is not in the prompt {prompt!r}: give subject= as the prompt says it"
+        )
     spans = _capitalized(prompt)
     if not spans:
         raise InputError(
