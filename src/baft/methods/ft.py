@@ -145,8 +145,8 @@ def _at_the_last_prompt_token(shown: Pass, seen: Predictions) -> Float[Tensor, "
 class FtLEditor(FtEditor):
     """FT-L: every target token is asked of the last prompt token.
 
-    So it can say only targets of one token; no setting that was tried on training cases of zsRE (SmolLM2, ten
-    cases) mends that, and `default` is the best of them.
+    So it can say only targets of one token, whatever the settings, and never where they end. `default` is the
+    better of the two that were tried on ten training cases of zsRE (SmolLM2).
     """
 
     name: ClassVar[str] = "ft-l"
