@@ -8,14 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baft.errors import ConfigError
-from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
-from baft.hosts.passes import FullPass
-from baft.hosts.positions import PositionSpec
-from baft.methods.key_value import AllButLast, KeyValues
+from baft.methods.key_value import KeyValues
 from baft.methods.memit import MemitEditor, solution
 from baft.methods.rome import insertion
-from baft.methods.subjects import Placed
 from baft.types import Edit, EditRequest
 from tiny import shared_host, tiny_tokenizer
 
@@ -130,29 +126,3 @@ def test_a_host_whose_blocks_give_tuples():
     assert tuple in caught
     assert outcome.losses[-1] < 0.5 * outcome.losses[0]
     assert outcome.decoded == (True,)
-
-
-def test_the_last_text_of_each_edit_is_set_apart(host):
-    """As two passes, where edits have different numbers of texts, and targets of several tokens."""
-    encoder = Encoder.for_host(host)
-
-    def text(prompt, target):
-        return Placed(encoder.edit(prompt, target), 0)
-
-    others = [[text("Paris is in", "Rome"), text("So. Paris is in", "Rome")], [text("A river", "R")]]
-    lasts = [text("Paris is a", "t"), text("A river is a", "u")]
-    rows = [[*some, last] for some, last in zip(others, lasts, strict=True)]
-
-    def run(found):
-        return FullPass(host, encoder, PositionSpec(), [one.text for one in found], ())
-
-    shown = AllButLast(run([one for some in rows for one in some]), rows)
-    apart, alone = run([one for some in others for one in some]), run(lasts)
-    assert torch.equal(shown.targets, apart.targets)
-    assert torch.equal(shown.rows, apart.rows)
-    assert len(shown.targets) > 3
-    with torch.no_grad():
-        seen = shown({}).logits
-        torch.testing.assert_close(seen, apart({}).logits)
-        torch.testing.assert_close(shown.last, alone({}).logits)
-        assert not torch.allclose(shown.last, alone({}).logits.flip(0))  # control
