@@ -1,5 +1,6 @@
 """MEMIT's closed form against its normal equations and against ROME's, and its spread over layers."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from baft.errors import ConfigError
 from baft.hosts.models import Host
+from baft.hosts.patches import weight_of
 from baft.methods.key_value import KeyValues
 from baft.methods.memit import MemitEditor, solution
 from baft.methods.rome import insertion
@@ -78,14 +80,32 @@ def test_all_values_are_met_where_nothing_is_weighed_against_them(host):
     assert float((asked.outputs({}, "model.layers.2") - wanted[0]).abs().max()) > 0.1  # control
 
 
-def test_every_layer_takes_its_share(host):
-    config = dataclasses.replace(CONFIG, layers=(0, 1, 2), moments_weight=1e-9, n_key_prefixes=0)
+def test_every_layer_takes_its_share(host, monkeypatch):
+    """As where each layer's weight is changed in place before the next one's keys are read."""
+    config = dataclasses.replace(CONFIG, layers=(0, 1, 2), moments_weight=0.3)
+    sought, values = [], KeyValues.values
+
+    def spied(*given):
+        found = values(*given)
+        sought.append(found[0])
+        return found
+
+    monkeypatch.setattr(KeyValues, "values", spied)
     editor = MemitEditor(host, config)
     editor.apply(EditRequest(EDITS))
-    assert set(editor.edited.patches) == {f"model.layers.{n}.mlp.down_proj" for n in (0, 1, 2)}
-    for name, tensor in editor.state_dict().items():
-        assert tensor.shape == ((32, 3) if name.endswith("up") else (3, 48))
-        assert float(tensor.abs().max()) > 0
+    changed = Host("changed", copy.deepcopy(host.model), host.tokenizer, "")
+    asked = KeyValues(changed, editor.encoder, config, EDITS, seed=0)
+    wanted = asked.outputs({}, "model.layers.2") + sought[0]
+    for layer, n_left in ((0, 3), (1, 2), (2, 1)):
+        module = f"model.layers.{layer}.mlp.down_proj"
+        K = asked.keys({}, module)[0].T
+        R = (wanted - asked.outputs({}, "model.layers.2")).T / n_left
+        C = editor.moments(layer)
+        C = C + config.moments_ridge * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype)
+        change = R @ K.T @ torch.linalg.inv(0.3 * C + K @ K.T)
+        torch.testing.assert_close(editor.edited.patches[module].whole(), change, atol=1e-9, rtol=1e-9)
+        weight_of(changed.model.get_submodule(module)).add_(change)
+    assert float((wanted - asked.outputs({}, "model.layers.2")).abs().max()) > 0.1  # it is weighed against C
 
 
 def test_values_found_in_several_descents_are_those_of_one(host):
