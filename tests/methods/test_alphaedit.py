@@ -47,6 +47,17 @@ def test_directions_are_free_below_the_threshold():
     assert torch.equal(P, torch.diag(torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)))
 
 
+def test_a_threshold_is_a_number_or_counts_means_of_the_diagonal(host):
+    def projection(threshold, unit):
+        settings = {"threshold": threshold, "threshold_unit": unit}
+        return AlphaEditEditor(host, dataclasses.replace(CONFIG, **settings)).projection(0)
+
+    mean = float(AlphaEditEditor(host, CONFIG).moments(0).diagonal().mean())
+    of_mean = projection(0.5, "mean")
+    assert torch.equal(of_mean, projection(0.5 * mean, "absolute"))
+    assert not torch.allclose(of_mean, projection(0.5, "absolute"), atol=1e-6)  # control
+
+
 def test_an_editors_change_is_in_the_null_space_and_earlier_keys_count(host):
     editor = AlphaEditEditor(host, dataclasses.replace(CONFIG, threshold=0.5, l2=1e-3))
     editor.apply(FIRST)

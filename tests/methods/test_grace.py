@@ -181,6 +181,26 @@ def test_a_cached_generation_is_that_of_whole_passes(host, replacement):
     assert torch.equal(cached, ids)
 
 
+@pytest.mark.parametrize("unit", ["key_length", "distance"])
+def test_a_radius_is_a_share_of_the_keys_length_or_a_distance(host, unit):
+    one = editor(host, epsilon=0.3, epsilon_unit=unit)
+    one.apply(FIRST)
+    in_units = {"key_length": one.state["keys"][0].norm().item(), "distance": 1.0}
+    assert one.state["radii"].item() == pytest.approx(0.3 * in_units[unit], rel=1e-12)
+    assert abs(in_units["key_length"] - 1.0) > 0.1  # control
+
+
+def test_a_warm_value_is_trained_from_the_hosts_output(host):
+    """So that before the first step the target is as likely as on the host; from a cold one it is not."""
+    [edit] = FIRST.edits
+    encoder = Encoder.for_host(host)
+    [token] = encoder.edit(edit.prompt, edit.target, eos=False).target_ids
+    plain = -last_logits(editor(host).edited, encoder, edit.prompt)[0, -1].log_softmax(-1)[token].item()
+    first = {start: editor(host, start=start).apply(FIRST).losses[0] for start in ("warm", "cold")}
+    assert first["warm"] == pytest.approx(plain, rel=1e-9)
+    assert abs(first["cold"] - plain) > 1e-2
+
+
 def test_an_edit_within_the_radius_shares_the_key_or_splits_it(host):
     near = Edit("The tower is in the town of ", "R")
     for target, n_keys in (("R", 1), ("B", 2)):

@@ -1,5 +1,6 @@
 """MEMIT's closed form against its normal equations and against ROME's, and its spread over layers."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -8,14 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baft.errors import ConfigError
-from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
-from baft.hosts.passes import FullPass
-from baft.hosts.positions import PositionSpec
-from baft.methods.key_value import AllButLast, KeyValues
+from baft.hosts.patches import weight_of
+from baft.methods.key_value import KeyValues
 from baft.methods.memit import MemitEditor, solution
 from baft.methods.rome import insertion
-from baft.methods.subjects import Placed
 from baft.types import Edit, EditRequest
 from tiny import shared_host, tiny_tokenizer
 
@@ -82,14 +80,32 @@ def test_all_values_are_met_where_nothing_is_weighed_against_them(host):
     assert float((asked.outputs({}, "model.layers.2") - wanted[0]).abs().max()) > 0.1  # control
 
 
-def test_every_layer_takes_its_share(host):
-    config = dataclasses.replace(CONFIG, layers=(0, 1, 2), moments_weight=1e-9, n_key_prefixes=0)
+def test_every_layer_takes_its_share(host, monkeypatch):
+    """As where each layer's weight is changed in place before the next one's keys are read."""
+    config = dataclasses.replace(CONFIG, layers=(0, 1, 2), moments_weight=0.3)
+    sought, values = [], KeyValues.values
+
+    def spied(*given):
+        found = values(*given)
+        sought.append(found[0])
+        return found
+
+    monkeypatch.setattr(KeyValues, "values", spied)
     editor = MemitEditor(host, config)
     editor.apply(EditRequest(EDITS))
-    assert set(editor.edited.patches) == {f"model.layers.{n}.mlp.down_proj" for n in (0, 1, 2)}
-    for name, tensor in editor.state_dict().items():
-        assert tensor.shape == ((32, 3) if name.endswith("up") else (3, 48))
-        assert float(tensor.abs().max()) > 0
+    changed = Host("changed", copy.deepcopy(host.model), host.tokenizer, "")
+    asked = KeyValues(changed, editor.encoder, config, EDITS, seed=0)
+    wanted = asked.outputs({}, "model.layers.2") + sought[0]
+    for layer, n_left in ((0, 3), (1, 2), (2, 1)):
+        module = f"model.layers.{layer}.mlp.down_proj"
+        K = asked.keys({}, module)[0].T
+        R = (wanted - asked.outputs({}, "model.layers.2")).T / n_left
+        C = editor.moments(layer)
+        C = C + config.moments_ridge * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype)
+        change = R @ K.T @ torch.linalg.inv(0.3 * C + K @ K.T)
+        torch.testing.assert_close(editor.edited.patches[module].whole(), change, atol=1e-9, rtol=1e-9)
+        weight_of(changed.model.get_submodule(module)).add_(change)
+    assert float((wanted - asked.outputs({}, "model.layers.2")).abs().max()) > 0.1  # it is weighed against C
 
 
 def test_values_found_in_several_descents_are_those_of_one(host):
@@ -130,29 +146,3 @@ def test_a_host_whose_blocks_give_tuples():
     assert tuple in caught
     assert outcome.losses[-1] < 0.5 * outcome.losses[0]
     assert outcome.decoded == (True,)
-
-
-def test_the_last_text_of_each_edit_is_set_apart(host):
-    """As two passes, where edits have different numbers of texts, and targets of several tokens."""
-    encoder = Encoder.for_host(host)
-
-    def text(prompt, target):
-        return Placed(encoder.edit(prompt, target), 0)
-
-    others = [[text("Paris is in", "Rome"), text("So. Paris is in", "Rome")], [text("A river", "R")]]
-    lasts = [text("Paris is a", "t"), text("A river is a", "u")]
-    rows = [[*some, last] for some, last in zip(others, lasts, strict=True)]
-
-    def run(found):
-        return FullPass(host, encoder, PositionSpec(), [one.text for one in found], ())
-
-    shown = AllButLast(run([one for some in rows for one in some]), rows)
-    apart, alone = run([one for some in others for one in some]), run(lasts)
-    assert torch.equal(shown.targets, apart.targets)
-    assert torch.equal(shown.rows, apart.rows)
-    assert len(shown.targets) > 3
-    with torch.no_grad():
-        seen = shown({}).logits
-        torch.testing.assert_close(seen, apart({}).logits)
-        torch.testing.assert_close(shown.last, alone({}).logits)
-        assert not torch.allclose(shown.last, alone({}).logits.flip(0))  # control

@@ -76,10 +76,29 @@ def test_the_edited_weight_puts_out_the_value_at_the_prompts_key(host, monkeypat
     # And that is what a weight changed in place would put out.
     patch = editor.edited.patches[module]
     assert isinstance(patch, DeltaPatch)
-    _, key = asked.keys({}, module)
+    averaged, key = asked.keys({}, module)
     weight = weight_of(host.model.get_submodule(module)) + patch.whole()
     torch.testing.assert_close(key @ weight.T, found[0], atol=1e-9, rtol=1e-9)
-    assert int(torch.linalg.matrix_rank(patch.whole())) == 1
+    # Of such changes it is the one that the moments ask for, equation 2.
+    C = editor.moments(0)
+    C = C + CONFIG.moments_ridge * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype)
+    reads = torch.linalg.inv(C) @ averaged[0]
+    change = torch.outer((found[0] - asked.outputs({}, module))[0], reads) / (reads @ key[0])
+    torch.testing.assert_close(patch.whole(), change, atol=1e-9, rtol=1e-9)
+
+
+def test_edits_of_one_request_are_made_one_after_the_other(host):
+    other, module = Edit("Nine hats of", "R", subject="hats of"), down_projection(host.model, 0)
+
+    def change(*requests):
+        editor = RomeEditor(host, CONFIG)
+        for edits in requests:
+            editor.apply(EditRequest(edits))
+        return editor.edited.patches[module].whole()
+
+    together, in_turn = change((TOWER, other)), change((TOWER,), (other,))
+    torch.testing.assert_close(together, in_turn, atol=1e-9, rtol=1e-9)
+    assert not torch.allclose(together, change((TOWER,)) + change((other,)), atol=1e-3)  # control
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "gemma3_text", "phi3"])

@@ -100,3 +100,14 @@ class Descent:
         margins = row_margins(logits, shown)
         cross_entropy = target_cross_entropy(logits, shown.targets, shown.rows).item()
         return met_stop_rule(self.config, step, cross_entropy, margins.min().item()), margins
+
+
+def bounded(parameter: Tensor, most: float | None) -> Callable[[], None] | None:
+    """What holds every number of a parameter within a bound after each step; None without a bound."""
+    if most is None:
+        return None
+
+    def hold() -> None:
+        parameter.clamp_(-most, most)
+
+    return hold

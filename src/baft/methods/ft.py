@@ -9,7 +9,7 @@ the names. Its steps, and where they are done here:
    that predicts the first; `_at_the_last_prompt_token`. FT-M: the cross-entropy of the target given the
    prompt and the target's tokens before; `Descent` without a loss of its own.
 3. Adam on that weight for 25 steps, until the loss falls below 0.01; `Descent.run`.
-4. The constraint of Meng et al.: no number of the weight moves by more than `norm_bound`; `_within_bounds`.
+4. The constraint of Meng et al.: no number of the weight moves by more than `norm_bound`; `bounded`.
 
 The weight itself is never changed: what is trained is the matrix added to it, which Adam without weight decay
 moves exactly as it would the weight.
@@ -32,7 +32,7 @@ from baft.hosts.models import Host
 from baft.hosts.passes import Pass, Predictions
 from baft.hosts.patches import DeltaPatch
 from baft.methods.base import EditOutcome, OnStep
-from baft.methods.descent import Descent
+from baft.methods.descent import Descent, bounded
 from baft.methods.optimizer import DescentConfig
 from baft.methods.stateful import DownProjectionEditor, Layout, State
 from baft.methods.texts import renderings
@@ -117,7 +117,7 @@ class FtEditor(DownProjectionEditor):
         def loss(cross_entropy: Float[Tensor, ""], seen: Predictions) -> Float[Tensor, ""]:
             return cross_entropy if config.objective == "target" else _at_the_last_prompt_token(shown, seen)
 
-        descent = Descent([delta], config, loss, lambda: self._within_bounds(delta))
+        descent = Descent([delta], config, loss, bounded(delta, config.norm_bound))
         result = descent.run(shown, on_step)
         return {DELTA: delta}, outcome_of(request, result, time.monotonic() - began, why)
 
@@ -128,11 +128,6 @@ class FtEditor(DownProjectionEditor):
     def layout(self, requests: Sequence[EditRequest], state: State) -> Layout:
         """One matrix of the weight's shape."""
         return {DELTA: self.shape}
-
-    def _within_bounds(self, delta: Float[Tensor, "d_out d_in"]) -> None:
-        bound = self.config.norm_bound
-        if bound is not None:
-            delta.clamp_(-bound, bound)
 
 
 def _at_the_last_prompt_token(shown: Pass, seen: Predictions) -> Float[Tensor, ""]:

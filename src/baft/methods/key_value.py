@@ -316,16 +316,16 @@ class KeyValues:
 
 
 class AllButLast:
-    """A pass whose last text of each edit is set apart: its predictions are no targets.
+    """A pass whose last text of each edit is set apart: of that, what follows its prompt is wanted.
 
     Args:
         run: The pass over all texts.
-        rows: The texts of each edit, the last of which has a target of one token.
+        rows: The texts of each edit; the target of the last is idle, however many tokens it has.
 
     Attributes:
         targets: The target tokens of the others, `[token]`.
         rows: Which of the others each belongs to, `[token]`.
-        last: The logits of the texts set apart, of the run before, `[edit, vocab]`.
+        last: The logits at the prompt's end of the texts set apart, of the run before, `[edit, vocab]`.
     """
 
     last: Float[Tensor, "edit vocab"]
@@ -334,15 +334,18 @@ class AllButLast:
         self._run = run
         is_last = torch.tensor([i + 1 == len(of_edit) for of_edit in rows for i in range(len(of_edit))])
         is_last = is_last.to(run.rows.device)
-        self._is_last = is_last[run.rows]
-        self.targets = run.targets[~self._is_last]
-        self.rows = ((~is_last).cumsum(0) - 1)[run.rows[~self._is_last]]
+        is_first = torch.ones_like(run.rows, dtype=torch.bool)  # of a text's target tokens
+        is_first[1:] = run.rows[1:] != run.rows[:-1]
+        self._is_other = ~is_last[run.rows]
+        self._is_wanted = is_last[run.rows] & is_first
+        self.targets = run.targets[self._is_other]
+        self.rows = ((~is_last).cumsum(0) - 1)[run.rows[self._is_other]]
 
     def __call__(self, parts: Mapping[Site, Parts], own: Own | None = None) -> Predictions:
         """The predictions of the others."""
         seen = self._run(parts, own)
-        self.last = seen.logits[self._is_last]
-        return Predictions(seen.logits[~self._is_last], seen.states, seen.state_rows)
+        self.last = seen.logits[self._is_wanted]
+        return Predictions(seen.logits[self._is_other], seen.states, seen.state_rows)
 
 
 def _where(rows: Rows, device: torch.device) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:

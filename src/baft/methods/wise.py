@@ -54,7 +54,7 @@ from baft.hosts.passes import Pass, Predictions, show_prompts
 from baft.hosts.patches import DeltaPatch
 from baft.hosts.speaking import Speaker
 from baft.methods.base import EditOutcome, OnStep
-from baft.methods.descent import Descent
+from baft.methods.descent import Descent, bounded
 from baft.methods.optimizer import DescentConfig
 from baft.methods.stateful import DownProjectionEditor, Layout, State
 from baft.methods.texts import renderings
@@ -212,7 +212,7 @@ class WiseEditor(DownProjectionEditor):
             [delta],
             config,
             loss,
-            lambda: self._within_bounds(delta),
+            bounded(delta, config.norm_bound),
             may_stop=lambda: left <= _CONTENT,
             by=config.optimizer,
         )
@@ -252,11 +252,6 @@ class WiseEditor(DownProjectionEditor):
 
     def _sizes(self, requests: Sequence[EditRequest]) -> list[int]:
         return shard_sizes([len(one.edits) for one in requests], self.config.save_freq)
-
-    def _within_bounds(self, delta: Float[Tensor, "d_out d_in"]) -> None:
-        bound = self.config.norm_bound
-        if bound is not None:
-            delta.clamp_(-bound, bound)
 
     def _texts(self, request: EditRequest) -> tuple[list[EncodedEdit], int]:
         """What each edit is trained on, side by side, and how many of these are its own renderings."""
