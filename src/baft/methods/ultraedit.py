@@ -182,7 +182,11 @@ class UltraEditEditor(LowRankEditor):
     summary: ClassVar[str] = "one step from normalized gradients, by ridge regression (Gu et al. 2025)"
     presets: ClassVar[Mapping[str, UltraEditConfig]] = {
         "default": UltraEditConfig(
-            gates_of_32=(), ups_of_32=(26, 27, 28, 29, 30, 31), learning_rate=4e-4, warm_up=64
+            gates_of_32=(),
+            ups_of_32=(26, 27, 28, 29, 30, 31),
+            learning_rate=4e-4,
+            warm_up=64,
+            train_eos=True,
         ),
         "paper": UltraEditConfig(),
     }
