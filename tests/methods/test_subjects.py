@@ -40,7 +40,7 @@ def test_a_named_subject_is_found_as_the_prompt_says_it():
         subject_span(Edit("Romeo and rome met in", "x", subject="Rome"))[0] == 10
     )  # a word before a spelling
     assert said("İzmir lies in Turkey, which is", "turkey") == "Turkey"  # "İ" is longer in small letters
-    assert said("Die Hauptstadt von Großbritannien ist", "britannien") == "britannien"  # else a part of one
+    assert said("The coast of Großbritannien is", "britannien") == "britannien"  # else a part of one
     assert said("What is C++ (the language)?", "C++") == "C++"
     with pytest.raises(InputError, match="'Louvre' is not in the prompt .* give subject="):
         said("Where is the Eiffel tower?", "Louvre")
