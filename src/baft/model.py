@@ -293,8 +293,7 @@ class Model:
         began = time.monotonic()
         edits = [edit for request in requests for edit in request.edits]
         require_new(edits, editor.requests)
-        with torch.inference_mode(False):  # keys that are read to compare them become the edit's
-            conflicts = conflicts_of(editor, requests)
+        conflicts = conflicts_of(editor, requests)
         requests = settled(requests, conflicts, on_conflict)
         before = self._witness.says(edits)
         n_before, old = len(editor.requests), (self._editor, self._preset, self._decoded)

@@ -468,6 +468,17 @@ def test_what_was_changed_under_a_model_is_not_saved_as_sound(host, tmp_path, mo
         model.save(path if what == "remove" else tmp_path / "b.baft")
 
 
+def test_edits_made_and_read_in_inference_mode_are_like_any_other(host, tmp_path, monkeypatch):
+    with torch.inference_mode():
+        model = in_force(host, TOWER)
+        path = in_force(host, KING).save(tmp_path / "a.baft")
+        monkeypatch.setattr("baft.scope.untrained._RECIPE", 2)
+        model.merge(path)  # its scope is read anew
+    state = model._editor.state
+    assert int(state[f"{KING.id}.head"]) == model._editor._scope.fingerprint
+    assert not any(tensor.is_inference() for name, tensor in state.items() if "layer" not in name)
+
+
 def test_conflicts_are_kept_replaced_or_refused(host, alone):
     other = dataclasses.replace(TOWER, target="Be")
     model = in_force(host, TOWER, KING)

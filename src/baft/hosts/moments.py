@@ -63,7 +63,7 @@ _public_files: ContextVar[Path | None] = ContextVar("baft_public_files", default
 
 @contextlib.contextmanager
 def texts_from(folder: Path | None) -> Iterator[None]:
-    """Inside, `corpus` looks for public text in this folder, not in the one that `BAFT_DATA` names."""
+    """Inside, `corpus` looks for public text in this folder; with None in the one that `BAFT_DATA` names."""
     token = _public_files.set(folder)
     try:
         yield

@@ -59,6 +59,7 @@ class Scope:
         weights = made.weights
         return Asked(made.vectors, real, lambda i: self.reader.names(rows[i], weights[:, i]))
 
+    @torch.inference_mode(False)  # they become part of an edit, wherever they are read
     @torch.no_grad()
     def keys(
         self, edits: Sequence[Edit], unrelated: Sequence[str] = (), *, made: bool = False
