@@ -79,6 +79,7 @@ def test_the_edited_weight_puts_out_the_value_at_the_prompts_key(host, monkeypat
     averaged, key = asked.keys({}, module)
     weight = weight_of(host.model.get_submodule(module)) + patch.whole()
     torch.testing.assert_close(key @ weight.T, found[0], atol=1e-9, rtol=1e-9)
+    assert int(torch.linalg.matrix_rank(patch.whole())) == 1
     # Of such changes it is the one that the moments ask for, equation 2.
     C = editor.moments(0)
     C = C + CONFIG.moments_ridge * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype)

@@ -36,9 +36,7 @@ def test_a_named_subject_is_found_as_the_prompt_says_it():
     assert said("Where is the EIFFEL tower?", "Eiffel Tower") == "EIFFEL tower"
     assert subject_span(Edit("The US joined thus in", "x", subject="US"))[0] == 4  # not inside a word
     assert subject_span(Edit("Rome, unlike Romeo and rome, is", "x", subject="Rome"))[0] == 0
-    assert (
-        subject_span(Edit("Romeo and rome met in", "x", subject="Rome"))[0] == 10
-    )  # a word before a spelling
+    assert said("Romeo and rome met in", "Rome") == "rome"  # rather a word than a spelling
     assert said("İzmir lies in Turkey, which is", "turkey") == "Turkey"  # "İ" is longer in small letters
     assert said("The coast of Großbritannien is", "britannien") == "britannien"  # else a part of one
     assert said("What is C++ (the language)?", "C++") == "C++"

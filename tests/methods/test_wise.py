@@ -11,7 +11,7 @@ from baft.hosts.encoding import Encoder
 from baft.hosts.patches import Seen, weight_of
 from baft.methods.base import methods
 from baft.methods.texts import renderings
-from baft.methods.wise import WiseConfig
+from baft.methods.wise import PAPER, WiseConfig
 from baft.methods.wise_parts import (
     NOWHERE,
     Memory,
@@ -303,6 +303,11 @@ def test_training_ends_when_the_margins_are_kept_too(host):
     assert easy.stopped == "margin"
     hard = editor(host, chat=False, gamma=1e6).apply(FACTS[0])
     assert hard.stopped == "max_steps"
+
+
+def test_what_is_published_is_descent_by_sgd():
+    assert (PAPER.optimizer, PAPER.learning_rate, PAPER.max_steps) == ("sgd", 1.0, 70)
+    assert (PAPER.alpha, PAPER.beta, PAPER.gamma) == (5.0, 20.0, 10.0)
 
 
 @pytest.mark.parametrize(("optimizer", "rate", "bound"), [("sgd", 1.0, 0.05), ("adam", 0.02, 0.05)])
