@@ -28,7 +28,7 @@ from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder
 from baft.hosts.kernels import fast_linears
 from baft.hosts.models import Host
-from baft.hosts.passes import FullPass, Own, Pass, Predictions, show_prompts
+from baft.hosts.passes import Own, Pass, Predictions, show_prompts
 from baft.hosts.patches import EnoughError, Patch, Seen, by_row
 from baft.hosts.positions import PositionSpec
 from baft.hosts.suffix import quickest_pass, sites_below
@@ -36,7 +36,8 @@ from baft.methods.base import OnStep
 from baft.methods.descent import Descent
 from baft.methods.optimizer import DescentConfig
 from baft.methods.subjects import Placed, essence, placed, prefixes
-from baft.methods.training import TrainingResult, row_margins
+from baft.methods.texts import measured
+from baft.methods.training import TrainingResult
 from baft.types import Edit
 
 Rows = Sequence[Sequence[Placed]]  # the texts of each edit
@@ -257,16 +258,11 @@ class KeyValues:
         result = Descent([vectors], config, loss, hold).run(shown, on_step)
         return vectors.detach(), result, why
 
-    @torch.no_grad()
-    def margins(self, patches: Mapping[str, Patch]) -> tuple[float, ...]:
+    def margins(self, patches: Mapping[str, Patch]) -> list[float]:
         """The smallest lead of any target token of each edit over the best other, for the prompt alone."""
-        found: list[float] = []
-        for start in range(0, len(self._alone), _ROWS):
-            texts = [one.text for [one] in self._alone[start : start + _ROWS]]
-            shown = FullPass(self._host, self._encoder, _EVERYWHERE, texts, ())
-            shown.edited.patches = patches
-            found += row_margins(shown({}).logits, shown).tolist()
-        return tuple(found)
+        edited = EditedModel(self._host.model)
+        edited.patches = patches
+        return measured(self._host, self._encoder, edited, [one.text for [one] in self._alone])[0]
 
     def _pass_above(
         self,

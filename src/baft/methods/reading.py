@@ -14,19 +14,16 @@ from torch import Tensor
 from baft.errors import DamagedArtifactError
 from baft.hosts.architecture import find_architecture, input_device
 from baft.hosts.edited_model import EditedModel
-from baft.hosts.encoding import EncodedEdit, Encoder
+from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
-from baft.hosts.passes import FullPass
 from baft.hosts.prompting import Insertion, Row
 from baft.hosts.turns import Turns
 from baft.methods.base import EditOutcome, OnStep
 from baft.methods.bm25 import Bm25, shares, words
 from baft.methods.stateful import AdditiveEditor, State
-from baft.methods.texts import renderings
-from baft.methods.training import row_margins
+from baft.methods.texts import measured, renderings
 from baft.types import Edit, EditRequest
 
-_ROWS = 16  # texts asked at once when an edit is measured
 _NONE = -1  # fills up the shorter texts of a table
 
 
@@ -115,7 +112,7 @@ class ReadingEditor(AdditiveEditor):
         self.put(edited, made, (*self.requests, request))
         return made, EditOutcome.of(
             request.edits,
-            self.margins(edited, texts),
+            measured(self.host, self.encoder, edited, texts)[0],
             losses=(),
             n_steps=0,
             stopped="closed_form",
@@ -125,16 +122,6 @@ class ReadingEditor(AdditiveEditor):
     def put(self, edited: EditedModel, state: State, requests: Sequence[EditRequest]) -> None:
         """What is stored is put into prompts."""
         edited.prompter = self.reader(state, requests) if state else None
-
-    @torch.no_grad()
-    def margins(self, edited: EditedModel, texts: Sequence[EncodedEdit]) -> list[float]:
-        """The smallest lead of any target token of each text over the best other token, in nats."""
-        found: list[float] = []
-        for start in range(0, len(texts), _ROWS):
-            shown = FullPass(self.host, self.encoder, self.positions, texts[start : start + _ROWS], ())
-            shown.edited.follow(edited)
-            found += row_margins(shown({}).logits, shown).tolist()
-        return found
 
     def rows_of(self, state: State, name: str, n_requests: int) -> list[list[Row]]:
         """What is stored under a name: of each edit of all requests its pieces, without what fills them up.

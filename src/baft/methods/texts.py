@@ -1,12 +1,20 @@
-"""The texts that an edit is trained on."""
+"""The texts that an edit is trained on, and what a model makes of them."""
 
 from collections.abc import Sequence
 
+import torch
+
 from baft.errors import InputError
+from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import EncodedEdit, Encoder
+from baft.hosts.models import Host
+from baft.hosts.passes import FullPass
+from baft.methods.training import row_margins
+from baft.nn.losses import row_cross_entropy
 from baft.types import Edit
 
 MAX_TARGET_TOKENS = 128  # longest target that is taken for a fact
+_TEXTS = 16  # in one pass
 
 
 def renderings(
@@ -40,3 +48,30 @@ def renderings(
             "split it into several edits, or raise max_target_tokens"
         )
     return texts
+
+
+@torch.no_grad()
+def measured(
+    host: Host, encoder: Encoder, edited: EditedModel, texts: Sequence[EncodedEdit]
+) -> tuple[list[float], list[float]]:
+    """How firmly a model says each text's target.
+
+    Args:
+        host: The host.
+        encoder: Its encoder.
+        edited: The host with what is in force on it.
+        texts: The texts.
+
+    Returns:
+        Of each text the smallest lead of any target token over the best other, and the mean cross-entropy
+        of its target tokens, both in nats.
+    """
+    margins: list[float] = []
+    losses: list[float] = []
+    for start in range(0, len(texts), _TEXTS):
+        shown = FullPass(host, encoder, edited.positions, texts[start : start + _TEXTS], ())
+        shown.edited.follow(edited)
+        logits = shown({}).logits
+        margins += row_margins(logits, shown).tolist()
+        losses += row_cross_entropy(logits, shown.targets, shown.rows).tolist()
+    return margins, losses

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from baft.errors import ConfigError, EditError, InputError
 from baft.hosts.architecture import Site, find_architecture, scaled_layers
 from baft.hosts.background import background_text
+from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import EncodedEdit
 from baft.hosts.models import Host
 from baft.hosts.passes import FullPass
@@ -36,8 +37,7 @@ from baft.hosts.patches import Patch, Seen, by_row, up_projections, weight_shape
 from baft.methods.base import EditOutcome, OnStep
 from baft.methods.key_value import with_patch
 from baft.methods.stateful import Layout, LowRankEditor, State
-from baft.methods.texts import renderings
-from baft.methods.training import row_margins
+from baft.methods.texts import measured, renderings
 from baft.nn.losses import row_cross_entropy
 from baft.types import EditRequest
 
@@ -220,7 +220,7 @@ class UltraEditEditor(LowRankEditor):
         for module, (h, g) in features.items():
             normalized = running[self._shape_of(module)].normalized(torch.cat([h, g], -1))
             up, down = shift(h, normalized, config.learning_rate, config.ridge)
-            if len(down) > down.shape[1]:  # the matrix itself is smaller
+            if len(down) > down.shape[1]:  # a batch of many tokens: as many columns as inputs are enough
                 up, down = up @ down, torch.eye(down.shape[1], dtype=down.dtype)
             made |= self.pair(self.modules[module], up, down)
         for shape, seen in running.items():
@@ -228,11 +228,13 @@ class UltraEditEditor(LowRankEditor):
                 made[f"{len(self.requests)}.{shape}.{name}"] = getattr(seen, name).to(self.device)
         if on_step is not None:
             on_step(1, 1, before)
-        margins, after = self._asked(self.patches(made), texts)
+        edited = EditedModel(self.host.model)
+        edited.patches = self.patches(made)
+        margins, after = measured(self.host, self.encoder, edited, texts)
         return made, EditOutcome.of(
             request.edits,
             margins,
-            losses=(before, after),
+            losses=(before, sum(after) / len(after)),
             n_steps=1,
             stopped="closed_form",
             seconds_s=time.monotonic() - began,
@@ -321,16 +323,3 @@ class UltraEditEditor(LowRankEditor):
             h, g = (torch.cat(parts).to("cpu", torch.float64) for parts in zip(*pieces, strict=True))
             features[module] = (h, g)
         return features, sum(losses) / len(losses)
-
-    @torch.no_grad()
-    def _asked(self, patches: Mapping[str, Patch], texts: Sequence[EncodedEdit]) -> tuple[list[float], float]:
-        """The lowest margin of each text, in nats, and the mean cross-entropy, with patches in force."""
-        margins: list[float] = []
-        losses: list[float] = []
-        for start in range(0, len(texts), _TEXTS):
-            shown = FullPass(self.host, self.encoder, self.positions, texts[start : start + _TEXTS], ())
-            shown.edited.patches = patches
-            logits = shown({}).logits
-            margins += row_margins(logits, shown).tolist()
-            losses += row_cross_entropy(logits, shown.targets, shown.rows).tolist()
-        return margins, sum(losses) / len(losses)
