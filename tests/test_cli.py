@@ -411,6 +411,13 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(
     taken.write_text("mine")
     assert "is no edit set" in failed("edit", *prompted(ROME), "--save", taken)
     assert taken.read_text() == "mine"
+    (beside := tmp_path / "beside.baft").mkdir()
+    for name in ("edits.jsonl", "notes.txt"):
+        (beside / name).write_text("mine")
+    said = failed("edit", *prompted(ROME), "--save", beside)
+    assert said.endswith(
+        "is more than an edit set (in it: notes.txt) and is not replaced: choose another name"
+    )
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
     assert "is read-only" in failed("edit", *prompted(ROME), "--save", tmp_path / "x.baft")
 

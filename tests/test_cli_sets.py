@@ -58,8 +58,20 @@ def test_what_cannot_be_taken_out(tmp_path: Path) -> None:
     for wrong in ("0", "3", "x"):
         said = run("remove", path, wrong, code=1).stderr
         assert f"no edit '{wrong}': give a number from 1 to 2, or an id" in said.replace("\n", " ")
-    assert "no edit would be left" in run("remove", path, "1", "2", code=1).stderr.replace("\n", " ")
+    said = run("remove", path, "1", "2", code=1).stderr.replace("\n", " ")
+    assert "no edit would be left" in said
+    assert "`baft undo -n 2 --delete`" in said
     assert stored(path) == ["Rome", "Oslo"]
+    run("undo", path, "-n", "2", "--delete")
+    assert not path.exists()
+
+
+def test_what_was_replaced_is_told_as_data(tmp_path: Path) -> None:
+    both = independent(*TEXTS[:2])
+    rome, oslo = (one.edit.id for one in both.edits)
+    both.memory["replaces"]["1"] = [[oslo, rome]]
+    found = json.loads(run("show", written(tmp_path / "both.baft", both), "--json").stdout)["edits"]
+    assert [(one["target"], one["replaced"]) for one in found] == [("Rome", True), ("Oslo", False)]
 
 
 def test_sets_are_put_together(tmp_path: Path) -> None:

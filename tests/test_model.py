@@ -360,6 +360,19 @@ def test_the_live_view_follows_edits_and_undos(model, settings):
     assert isinstance(view, type(model.host))
 
 
+def test_a_view_takes_the_prompt_s_length_as_one_number_or_one_for_each_row(model):
+    model.edit(*TOWER, **SHARED, last_prompt=1)
+    row = model.tokenizer(TOWER[0]).input_ids
+    ids, n = torch.tensor([row, row]), len(row) - 1
+    with torch.no_grad():
+        [want, other] = (model.hf(ids, n_prompt_tokens=torch.full((2,), end)).logits for end in (n, n + 1))
+        assert not torch.equal(want, other)  # control
+        for given in (n, [n], [n, n]):
+            assert torch.equal(model.hf(ids, n_prompt_tokens=given).logits, want)
+        with pytest.raises(InputError, match=r"for 2 rows: give one whole number, or one for each row"):
+            model.hf(ids, n_prompt_tokens=[n, n, n])
+
+
 def test_a_view_knows_the_positions_of_the_method_in_force(model):
     view, ids = model.hf, torch.tensor([model.tokenizer(TOWER[0]).input_ids])
     n = torch.tensor([ids.shape[1]])
@@ -554,7 +567,7 @@ def test_many_edits_that_cannot_be_made_change_nothing(model):
 def test_the_same_edit_twice_is_refused(model):
     model.edit(*TOWER, **DULL)
     with pytest.raises(
-        InputError, match="'The tower is in the city of' -> 'Ro' is in force already: undo it first"
+        InputError, match="'The tower is in the city of' -> 'Ro' is in force already: leave it out, or"
     ):
         model.edit([Edit(*KING), Edit(*TOWER)], **DULL)
     assert len(model.edits) == 1

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from baft import artifact, config
 from baft.artifact import EditSet, Piece, StoredEdit
-from baft.errors import ArtifactError, ConfigError, EditError, UndoError
+from baft.errors import ArtifactError, ConfigError, EditError, InputError, UndoError
 from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Messages
 from baft.hosts.identity import HostIdentity, compare, identify
@@ -324,7 +324,8 @@ class Model:
     def undo(self, n: int = 1) -> tuple[Edit, ...]:
         """Takes the last `n` calls of `edit` back, every bit of them, or none; without any the host is back.
 
-        Each edit of `edit_many` counts as a call.
+        Each edit of `edit_many` counts as a call, and each call whose edits an artifact brought (`merge`).
+        What `remove` and `subset` took out is not brought back.
 
         Returns:
             The edits taken back, newest call first.
@@ -403,12 +404,17 @@ class Model:
             The edits added.
 
         Raises:
+            InputError: If `path` is no path.
             HostMismatchError: If they were made on another host.
             ArtifactError: If they were made in another way, or edits of that method know each other.
             ConfigError: If `on_conflict` is none of the three.
             ConflictError: If there is a conflict, and it was to be refused; nothing has changed then.
         """
         require_choice(on_conflict)
+        if not isinstance(path, str | os.PathLike):
+            raise InputError(
+                f"merge takes the path of saved edits, got a {type(path).__name__}: save edits first"
+            )
         known, other = {one.edit.id for one in self.edits}, artifact.read(Path(path))
         if self._editor is not None and known:
             other = artifact.merge(self._edit_set(), other)

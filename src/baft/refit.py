@@ -187,7 +187,7 @@ def _require_two_wordings(one: Edit, other: Edit) -> None:
         first, second = (f"{edit.prompt!r} -> {edit.target!r} ({edit.id})" for edit in (one, other))
         raise ConflictError(
             f"{first} and {second} both answer {min(common)!r}, and no refit can give that two answers: "
-            "remove one of them, or make the one that you want anew with on_conflict='replace'"
+            "remove one of them"
         )
 
 

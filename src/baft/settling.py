@@ -25,7 +25,7 @@ def require_new(edits: Sequence[Edit], requests: Sequence[EditRequest]) -> None:
     known, out_of_force = {edit.id for request in requests for edit in request.edits}, replaced(requests)
     for edit in edits:
         if edit.id in known:
-            why = "is in force already: undo it first"
+            why = "is in force already: leave it out, or take it back first"
             if edit.id in out_of_force:
                 why = "was replaced by a later edit: undo or remove that first"
             raise InputError(f"{edit.prompt!r} -> {edit.target!r} {why}")
@@ -67,7 +67,7 @@ def settled(
         new, old = conflicts[0].new, conflicts[0].old
         raise ConflictError(
             f"{new.prompt!r} -> {new.target!r} conflicts with {old.prompt!r} -> {old.target!r} ({old.id}), "
-            "which comes before it: leave one out, or edit with on_conflict='replace' or 'keep'"
+            "which comes before it: leave one out, or say on_conflict='replace' or 'keep'"
         )
     if on_conflict != "replace":
         return list(requests)

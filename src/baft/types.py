@@ -150,11 +150,16 @@ def as_edits(
         return (Edit(prompt, target, subject=subject),)
     if target is not None or subject is not None:
         raise InputError("target and subject go with a prompt in text; an Edit brings its own")
-    edits = (prompt,) if isinstance(prompt, Edit) else tuple(prompt)
-    for edit in edits:
+    if isinstance(prompt, Edit):
+        return (prompt,)
+    if not isinstance(prompt, Sequence):  # where no type checker is
+        raise InputError(f"expected a prompt, an Edit or a list of them, got {type(prompt).__name__}")
+    edits: list[Edit] = []
+    for edit in prompt:
         if not isinstance(edit, Edit):
             raise InputError(f"expected an Edit, got {type(edit).__name__}: {edit!r}")
-    return edits
+        edits.append(edit)
+    return tuple(edits)
 
 
 OnConflict = Literal["keep", "replace", "refuse"]  # of edits that a prompt could both be about

@@ -13,7 +13,7 @@ from baft.artifact.algebra import memory_of, merge, subset, without
 from baft.artifact.codec import CONFIG, EDITS, SCHEMA_VERSION, EditSet, StoredEdit
 from baft.artifact.hub import fetch_from_hub, push_to_hub
 from baft.artifact.pieces import Piece
-from baft.artifact.store import SUFFIX, delete, is_artifact, read, write
+from baft.artifact.store import SUFFIX, delete, is_artifact, read, require_free, write
 
 __all__ = [
     "CONFIG",
@@ -30,6 +30,7 @@ __all__ = [
     "merge",
     "push_to_hub",
     "read",
+    "require_free",
     "subset",
     "without",
     "write",

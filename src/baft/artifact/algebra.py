@@ -85,7 +85,10 @@ def merge(first: EditSet, second: EditSet) -> EditSet:
 
 def _known(edits: EditSet, ids: Collection[str]) -> frozenset[str]:
     """The ids, all of which edits of the set must have."""
-    known, wanted = [one.edit.id for one in edits.edits], frozenset(ids)
+    known = [one.edit.id for one in edits.edits]
+    if other := [one for one in ids if not isinstance(one, str)]:
+        raise UnknownNameError(f"ids of edits are texts, got {other[0]!r}: give each by itself")
+    wanted = frozenset(ids)
     if strangers := sorted(wanted.difference(known)):
         raise UnknownNameError(f"no edit has the id {strangers[0]!r}; the ids are {', '.join(known)}")
     return wanted

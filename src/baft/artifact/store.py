@@ -63,7 +63,7 @@ def write(path: str | Path, edit_set: EditSet) -> tuple[Piece, ...]:
     try:
         folder = _real(given)
         _recover(folder)
-        _require_free(folder, given)
+        require_free(given)
         return _replace(folder, edit_set, given)
     except OSError as error:
         mend = _MENDS.get(error.errno or 0, "try again, or choose another place")
@@ -106,7 +106,7 @@ def delete(path: str | Path) -> None:
     given = Path(path)
     folder = _real(given)
     try:
-        _require_free(folder, given)
+        require_free(given)
         for one in (*_siblings(folder, "old"), folder):  # the artifact last: till then it can be read
             with contextlib.suppress(FileNotFoundError):
                 os.rename(one, trash := _sibling(folder, "tmp"))
@@ -121,6 +121,24 @@ def is_artifact(path: str | Path) -> bool:
     if Path(path).suffix == SUFFIX and (folder.is_dir() or _siblings(folder, "old")):
         return True
     return (folder / EDITS).is_file()  # a copy from the hub is named after its commit
+
+
+def require_free(path: str | Path) -> None:
+    """Refuses a place where something stands that is no edit set, or not that alone.
+
+    Raises:
+        ArtifactError: If it does.
+    """
+    given = Path(path)
+    folder = _real(given)
+    if not os.path.lexists(folder):
+        return
+    names = {one.name for one in folder.iterdir()} if folder.is_dir() else {"a file"}
+    strangers = sorted(name for name in names if name not in (CONFIG, EDITS) and not is_piece(name))
+    if not names or strangers:
+        what = ", ".join(strangers) or "nothing"
+        kind = "no edit set" if EDITS not in names else "more than an edit set"
+        raise ArtifactError(f"{given} is {kind} (in it: {what}) and is not replaced: choose another name")
 
 
 def _decoded(folder: Path, given: Path) -> EditSet:
@@ -164,18 +182,6 @@ def _recover(folder: Path) -> Path:
     with contextlib.suppress(OSError):  # another process was faster, or the disk is read-only
         os.rename(backups[-1], folder)
     return folder if folder.exists() else backups[-1]
-
-
-def _require_free(folder: Path, given: Path) -> None:
-    if not os.path.lexists(folder):
-        return
-    names = {one.name for one in folder.iterdir()} if folder.is_dir() else {"a file"}
-    strangers = sorted(name for name in names if name not in (CONFIG, EDITS) and not is_piece(name))
-    if not names or strangers:
-        what = ", ".join(strangers) or "nothing"
-        raise ArtifactError(
-            f"{given} is no edit set (in it: {what}) and is not replaced: choose another name"
-        )
 
 
 def _replace(folder: Path, edit_set: EditSet, given: Path) -> tuple[Piece, ...]:

@@ -58,6 +58,7 @@ from baft.cli.work import (
     wanted_edits,
 )
 from baft.errors import ConfigError, UndoError
+from baft.types import replaced
 
 app = typer.Typer(
     name="baft",
@@ -126,7 +127,8 @@ def edit(
     """Edit facts, and report what changed.
 
     Give --prompt and --target, or a file with --from: one JSON object a line, such as
-    {"prompt": "...", "target": "...", "subject": "..."}. Edits in --save stay, and the new ones come on top.
+    {"prompt": "...", "target": "..."}, with "subject" and the lists "rephrasings" and "neighbors" where there
+    are any. Edits in --save stay, and the new ones come on top.
     The exit code is 1 if an edit failed; it is kept all the same, and `baft undo` takes it back.
     """
     terminal = Terminal(as_json=as_json, quiet=quiet)
@@ -144,8 +146,8 @@ def edit(
     data = {"saved": str(save) if save else None, "reports": [report.to_dict() for report in reports]}
     kept = f"saved in {save}" if save else "nothing was kept: --save NAME.baft keeps the edits"
     terminal.result(data, *(report_view(reports) if reports else ()), kept)
-    replaced = {one.old_id for report in reports for one in report.conflicts if one.replaced}
-    require_held([row.decoded for report in reports for row in report.rows if row.edit_id not in replaced])
+    gone = {one.old_id for report in reports for one in report.conflicts if one.replaced}
+    require_held([row.decoded for report in reports for row in report.rows if row.edit_id not in gone])
 
 
 @app.command()
@@ -197,6 +199,7 @@ def show(artifact: Artifact, as_json: Json = False) -> None:
 
     terminal = Terminal(as_json=as_json)
     saved = read(artifact)
+    gone = replaced(saved.requests)
     about = read_json(artifact / CONFIG)
     n_bytes = sum((artifact / name).stat().st_size for name in (CONFIG, *about["files"]))
     created, by = str(about["created"]), str(about["baft_version"])
@@ -213,7 +216,13 @@ def show(artifact: Artifact, as_json: Json = False) -> None:
             "dtype": saved.host.dtype,
         },
         "edits": [
-            {"id": one.edit.id, "request": one.request, "decoded": one.decoded, **one.edit.to_dict()}
+            {
+                "id": one.edit.id,
+                "request": one.request,
+                "decoded": one.decoded,
+                "replaced": one.edit.id in gone,
+                **one.edit.to_dict(),
+            }
             for one in saved.edits
         ],
     }
@@ -233,13 +242,16 @@ def check(
 ) -> None:
     """Ask every saved edit's prompt again, raw.
 
-    The exit code is 1 if one of them is not said any more.
+    The exit code is 1 if one of them is not said any more; those that were replaced need not be.
     """
     terminal = Terminal(as_json=as_json, quiet=quiet)
     loaded = load_edits(terminal, artifact, model, dtype, device, accept_terms)
     with terminal.waiting(f"asking {count(len(loaded.edits), 'edit')}"):
         found = loaded.check()
-    data = [{"id": one.edit.id, **one.edit.to_dict(), "says": says, "holds": ok} for one, says, ok in found]
+    data = [
+        {"id": one.edit.id, **one.edit.to_dict(), "says": says, "holds": ok, "replaced": one.replaced}
+        for one, says, ok in found
+    ]
     rows = [
         (one.edit.prompt, one.edit.target, says.strip(), "replaced" if one.replaced else verdict(ok))
         for one, says, ok in found

@@ -192,7 +192,7 @@ def require_place(path: Path) -> None:
     Raises:
         ArtifactError: If the name or the folder will not do.
     """
-    from baft.artifact import SUFFIX, is_artifact
+    from baft.artifact import SUFFIX, require_free
 
     if path.suffix != SUFFIX:
         raise ArtifactError(f"the name of an edit set ends in {SUFFIX}, got {path}: use {path}{SUFFIX}")
@@ -201,5 +201,4 @@ def require_place(path: Path) -> None:
         raise ArtifactError(f"{path} cannot be written: there is no folder {folder}; make it first")
     if not os.access(folder, os.W_OK):
         raise ArtifactError(f"{path} cannot be written: {folder} is read-only; choose another folder")
-    if os.path.lexists(path) and not is_artifact(path):
-        raise ArtifactError(f"{path} is no edit set and is not replaced: choose another name")
+    require_free(path)

@@ -39,7 +39,8 @@ def remove(
     wanted = {_id_of(one, saved) for one in edits}
     n_left = len(saved.edits) - len(wanted)
     if not n_left:
-        raise ArtifactError(f"no edit would be left in {artifact}: `baft undo --delete` deletes it")
+        n = len(saved.requests)
+        raise ArtifactError(f"no edit would be left in {artifact}: `baft undo -n {n} --delete` deletes it")
     place = save or artifact
     require_place(place)
     write(place, without(saved, wanted))
@@ -128,6 +129,7 @@ def _id_of(given: str, saved: "EditSet") -> str:
         return given
     if given.isdecimal() and 1 <= int(given) <= len(ids):
         return ids[int(given) - 1]
+    more = ", ..." if len(ids) > 3 else ""
     raise UnknownNameError(
-        f"no edit {given!r}: give a number from 1 to {len(ids)}, or an id ({', '.join(ids[:3])}, ...)"
+        f"no edit {given!r}: give a number from 1 to {len(ids)}, or an id ({', '.join(ids[:3])}{more})"
     )

@@ -7,7 +7,7 @@ that is), so threads and several edited models may share one host, and other peo
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +39,8 @@ from baft.hosts.positions import PositionSpec, Window
 from baft.hosts.prompting import Prompter, generate_prompted, real_tokens, run_prompted
 from baft.nn.fused import FusedIntervention
 from baft.nn.interventions import SubspaceIntervention
+
+PromptLengths = int | Sequence[int] | Int[Tensor, " batch"]  # real tokens of every row's prompt, or of each
 
 _disabled: ContextVar[tuple["EditedModel", ...]] = ContextVar("baft_disabled", default=())
 
@@ -166,7 +168,7 @@ class EditedModel:
         input_ids: Int[Tensor, "batch pos"],
         attention_mask: Int[Tensor, "batch total"] | None = None,
         *,
-        n_prompt_tokens: Int[Tensor, " batch"] | None = None,
+        n_prompt_tokens: PromptLengths | None = None,
         recording: Recording | None = None,
         **arguments: Any,
     ) -> Any:
@@ -175,10 +177,10 @@ class EditedModel:
         Args:
             input_ids: Tokens; with a cache, the new ones.
             attention_mask: One at real tokens, over cached and new ones together.
-            n_prompt_tokens: Real tokens of each row's prompt, BOS included. Left out, the prompt's end
-                is unknown and every token but BOS is edited: the worst case for locality. What a router
-                chooses for a prompt goes on to act on what follows in its cache, whose rows must stay in
-                their order.
+            n_prompt_tokens: Real tokens of each row's prompt, BOS included, or one number for all rows. Left
+                out, the prompt's end is unknown and every token but BOS is edited: the worst case for
+                locality. What a router chooses for a prompt goes on to act on what follows in its cache,
+                whose rows must stay in their order.
             recording: Receives the states at the edited tokens.
             arguments: Passed to the host.
 
@@ -238,7 +240,7 @@ class EditedModel:
         self,
         run: Any,
         given: dict[str, Any],
-        n_prompt_tokens: Int[Tensor, " batch"] | None,
+        n_prompt_tokens: PromptLengths | None,
         recording: Recording | None = None,
     ) -> Any:
         """As a call of the model, the host being run in a given way.
@@ -246,8 +248,11 @@ class EditedModel:
         Args:
             run: The host, or what runs it.
             given: What that is given, by name.
-            n_prompt_tokens: Real tokens of each row's prompt, or None.
+            n_prompt_tokens: Real tokens of each row's prompt, or one number for all, or None.
             recording: Receives the states at the edited tokens.
+
+        Raises:
+            InputError: If the host is shown nothing, or mask or lengths do not fit what it is shown.
         """
         if not self.is_enabled and recording is None:
             return run(**given)
@@ -260,15 +265,16 @@ class EditedModel:
             real = torch.ones(shown.shape[0], total, dtype=torch.bool, device=shown.device)
         else:
             real = _checked_mask(mask, total).bool()[:, :total]
+        lengths = None if n_prompt_tokens is None else _of_each_row(n_prompt_tokens, shown)
         in_force = self._in_force
         if self.is_enabled and in_force.prompter is not None:
             if recording is not None:
                 raise InputError("edits that are put into the prompt leave no states to record: ask without")
             limit = self.architecture.max_positions
-            return run_prompted(run, given, real, n_prompt_tokens, in_force.prompter, limit)
+            return run_prompted(run, given, real, lengths, in_force.prompter, limit)
         if self.is_enabled and in_force.router is not None:
-            return self._run_routed(run, given, real, n_prompt_tokens, in_force.router, recording)
-        window = self.window(ids, real, n_prompt_tokens)
+            return self._run_routed(run, given, real, lengths, in_force.router, recording)
+        window = self.window(ids, real, lengths)
         if self.is_enabled:
             # With gradients it is training, where parts change at every step.
             fused = {} if torch.is_grad_enabled() else in_force.fused
@@ -413,6 +419,16 @@ def _prompt_part(
     rank = real.cumsum(-1)[:, real.shape[1] - n_shown :]
     inside = shown & (rank <= n_prompt_tokens.to(real.device).unsqueeze(-1))
     return torch.where(inside.any(-1, keepdim=True), inside, shown)
+
+
+def _of_each_row(given: PromptLengths, shown: Tensor) -> Int[Tensor, " batch"]:
+    """The real tokens of each row's prompt."""
+    lengths = torch.as_tensor(given, device=shown.device)
+    if lengths.is_floating_point() or lengths.ndim > 1 or lengths.numel() not in (1, len(shown)):
+        raise InputError(
+            f"n_prompt_tokens was {given!r} for {len(shown)} rows: give one whole number, or one for each row"
+        )
+    return lengths.expand(len(shown))
 
 
 def _checked_mask(mask: Tensor, n_tokens: int = 0) -> Tensor:

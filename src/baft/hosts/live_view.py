@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from baft.hosts.edited_model import EditedModel
+from baft.hosts.edited_model import EditedModel, PromptLengths
 from baft.hosts.generation import no_continuous_batching
 
 
@@ -16,15 +16,21 @@ def live_view(edited: EditedModel) -> PreTrainedModel:
     """The edited model as a `PreTrainedModel`, for any library that wants one.
 
     It shares every module and weight with the host and is of the host's class (of a PEFT model, of the
-    class that it wraps), but runs with the edits in force. Called without `n_prompt_tokens` it edits every
-    token but BOS. What it saves is the host, without the edits.
+    class that it wraps), but runs with the edits in force. Called without `n_prompt_tokens` (real tokens of
+    each row's prompt, BOS included: one number for all rows, or one for each) it edits every token but BOS.
+    What it saves is the host, without the edits.
     """
     whole: Any = edited.host
     host: Any = whole if isinstance(whole, PreTrainedModel) else whole.get_base_model()
     signature = inspect.signature(host.forward)
 
     @functools.wraps(type(host).forward)
-    def forward(self: nn.Module, *args: Any, n_prompt_tokens: Tensor | None = None, **arguments: Any) -> Any:
+    def forward(
+        self: nn.Module,
+        *args: Any,
+        n_prompt_tokens: PromptLengths | None = None,
+        **arguments: Any,
+    ) -> Any:
         given = dict(signature.bind(*args, **arguments).arguments)
         given |= given.pop(_catch_all(signature), {})
         return edited.run(host.forward, given, n_prompt_tokens)
