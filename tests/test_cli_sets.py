@@ -8,9 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 from baft import artifact, types
+from baft.artifact import algebra
 from baft.cli.app import app
-from baft.errors import ArtifactError
+from baft.errors import ArtifactError, UnknownNameError
 from edit_sets import independent, written
+from unhooked import as_users_import
 
 TEXTS = [("The tower is in", "Rome"), ("The bridge is in", "Oslo"), ("The museum is in", "Paris")]
 
@@ -64,6 +66,15 @@ def test_what_cannot_be_taken_out(tmp_path: Path) -> None:
     assert stored(path) == ["Rome", "Oslo"]
     run("undo", path, "-n", "2", "--delete")
     assert not path.exists()
+
+
+def test_a_list_of_ids_is_no_id() -> None:
+    both = independent(*TEXTS[:2])
+    with (
+        as_users_import(algebra) as unhooked,
+        pytest.raises(UnknownNameError, match=r"ids of edits are texts, got \['.*'\]: give each by itself"),
+    ):
+        unhooked.subset(both, ([both.edits[0].edit.id],))
 
 
 def test_what_was_replaced_is_told_as_data(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 import baft
+import baft.model as model_module
 from baft import Edit, EditReport
 from baft.artifact import pieces
 from baft.errors import (
@@ -34,6 +35,7 @@ from baft.hosts.speaking import Speaker
 from baft.methods.baft import ReftEditor
 from baft.report import TokenGates
 from tiny import CHATML, EOS_ID, tiny_host, tiny_tokenizer
+from unhooked import as_users_import
 
 TOWER = ("The tower is in the city of", "Ro")
 KING = ("The king of France was", "Al")
@@ -562,6 +564,14 @@ def test_many_edits_that_cannot_be_made_change_nothing(model):
     with pytest.raises(ConfigError, match="share their bases do not add up"):
         model.edit_many([Edit(*KING), Edit(*PARIS)], **SHARED)
     assert model.edits == ()
+
+
+def test_a_model_is_no_path_to_merge(model):
+    with (
+        as_users_import(model_module) as unhooked,
+        pytest.raises(InputError, match="merge takes the path of saved edits, got a Model"),
+    ):
+        unhooked.Model(model._host).merge(model)
 
 
 def test_the_same_edit_twice_is_refused(model):

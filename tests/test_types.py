@@ -1,9 +1,7 @@
 """Edits: what is refused, what the id depends on, and the way to plain data and back."""
 
 import dataclasses
-import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -15,6 +13,7 @@ from hypothesis import strategies as st
 from baft import types
 from baft.errors import InputError
 from baft.types import Edit, EditRequest
+from unhooked import as_users_import
 
 words = st.text(min_size=1).filter(lambda text: bool(text.strip()))
 edits = st.builds(
@@ -84,15 +83,9 @@ def test_blank_text_is_refused(field: str, blank: str) -> None:
 
 @pytest.fixture(scope="module")
 def unhooked() -> Iterator[ModuleType]:
-    """types.py as users import it: in the tests, beartype would refuse a wrong type before the class can."""
-    spec = importlib.util.spec_from_file_location("unhooked_types", types.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["unhooked_types"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["unhooked_types"]
+    """types.py as users import it."""
+    with as_users_import(types) as module:
+        yield module
 
 
 @pytest.mark.parametrize("field", ["rephrasings", "neighbors"])
@@ -131,6 +124,19 @@ def test_other_things_than_an_object_are_refused(unhooked: ModuleType) -> None:
 def test_a_wrong_row_is_told_with_its_place(row: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=f"^{message}"):
         Edit.from_dict(row, where="line 3")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "expected a prompt, an Edit or a list of them, got NoneType"),
+        ({"prompt": "a"}, "expected a prompt, an Edit or a list of them, got dict"),
+        (["a"], "expected an Edit, got str: 'a'"),
+    ],
+)
+def test_what_is_no_edit_is_refused(given: Any, message: str, unhooked: ModuleType) -> None:
+    with pytest.raises(InputError, match=message):
+        unhooked.as_edits(given, None, None)
 
 
 def test_a_request_takes_one_edit_or_several() -> None:
