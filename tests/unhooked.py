@@ -1,4 +1,4 @@
-"""Modules as users import them: in tests beartype refuses wrong types before the code can say what is wrong."""
+"""Modules as users import them: in tests beartype refuses a wrong type before the code can say why."""
 
 import contextlib
 import importlib.util
