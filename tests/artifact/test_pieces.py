@@ -270,7 +270,7 @@ def test_a_tensor_that_two_pieces_hold_is_damage(tmp_path):
 def test_a_strange_file_is_not_taken_for_a_piece(tmp_path, name):
     path = written(tmp_path / "x.baft", some(5))
     (path / name).write_text("mine")
-    with pytest.raises(ArtifactError, match=f"no edit set .in it: {name}. and is not replaced"):
+    with pytest.raises(ArtifactError, match=f"more than an edit set .in it: {name}. and is not replaced"):
         write(path, some(6))
     (path / name).unlink()
     write(path, some(6))
