@@ -279,6 +279,8 @@ def test_conflicts_are_settled_as_asked(tmp_path: Path, host: Path) -> None:
     assert stored(path) == ["Rome"]
     found = json.loads(run("edit", *other, "-o", path, "--on-conflict", "replace", "--json").stdout)
     assert [one["replaced"] for one in found["reports"][0]["conflicts"]] == [True]
+    checked = json.loads(run("check", path, "--json").stdout)  # two steps teach too little: exit code 1
+    assert [one["replaced"] for one in checked] == [True, False]
     assert "keep" in misused("edit", *other, "-o", path, "--on-conflict", "ask")
 
 

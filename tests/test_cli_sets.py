@@ -62,7 +62,7 @@ def test_what_cannot_be_taken_out(tmp_path: Path) -> None:
         assert f"no edit '{wrong}': give a number from 1 to 2, or an id" in said.replace("\n", " ")
     said = run("remove", path, "1", "2", code=1).stderr.replace("\n", " ")
     assert "no edit would be left" in said
-    assert "`baft undo -n 2 --delete`" in said
+    assert f"`baft undo {path} -n 2 --delete`" in said
     assert stored(path) == ["Rome", "Oslo"]
     run("undo", path, "-n", "2", "--delete")
     assert not path.exists()

@@ -369,10 +369,11 @@ def test_a_view_takes_the_prompt_s_length_as_one_number_or_one_for_each_row(mode
     with torch.no_grad():
         [want, other] = (model.hf(ids, n_prompt_tokens=torch.full((2,), end)).logits for end in (n, n + 1))
         assert not torch.equal(want, other)  # control
-        for given in (n, [n], [n, n]):
+        for given in (n, [n, n]):
             assert torch.equal(model.hf(ids, n_prompt_tokens=given).logits, want)
-        with pytest.raises(InputError, match=r"for 2 rows: give one whole number, or one for each row"):
-            model.hf(ids, n_prompt_tokens=[n, n, n])
+        for wrong in ([n], [n, n, n], True):
+            with pytest.raises(InputError, match=r"for 2 rows: give one whole number, or one for each row"):
+                model.hf(ids, n_prompt_tokens=wrong)
 
 
 def test_a_view_knows_the_positions_of_the_method_in_force(model):

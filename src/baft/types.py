@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -152,14 +152,13 @@ def as_edits(
         raise InputError("target and subject go with a prompt in text; an Edit brings its own")
     if isinstance(prompt, Edit):
         return (prompt,)
-    if not isinstance(prompt, Sequence):  # where no type checker is
+    if isinstance(prompt, Mapping) or not isinstance(prompt, Iterable):  # where no type checker is
         raise InputError(f"expected a prompt, an Edit or a list of them, got {type(prompt).__name__}")
-    edits: list[Edit] = []
-    for edit in prompt:
+    edits: tuple[Edit, ...] = tuple(prompt)
+    for edit in edits:
         if not isinstance(edit, Edit):
             raise InputError(f"expected an Edit, got {type(edit).__name__}: {edit!r}")
-        edits.append(edit)
-    return tuple(edits)
+    return edits
 
 
 OnConflict = Literal["keep", "replace", "refuse"]  # of edits that a prompt could both be about

@@ -40,7 +40,9 @@ def remove(
     n_left = len(saved.edits) - len(wanted)
     if not n_left:
         n = len(saved.requests)
-        raise ArtifactError(f"no edit would be left in {artifact}: `baft undo -n {n} --delete` deletes it")
+        raise ArtifactError(
+            f"no edit would be left in {artifact}: `baft undo {artifact} -n {n} --delete` deletes it"
+        )
     place = save or artifact
     require_place(place)
     write(place, without(saved, wanted))

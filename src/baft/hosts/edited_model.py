@@ -423,11 +423,16 @@ def _prompt_part(
 
 def _of_each_row(given: PromptLengths, shown: Tensor) -> Int[Tensor, " batch"]:
     """The real tokens of each row's prompt."""
-    lengths = torch.as_tensor(given, device=shown.device)
-    if lengths.is_floating_point() or lengths.ndim > 1 or lengths.numel() not in (1, len(shown)):
+    try:
+        lengths = torch.as_tensor(given, device=shown.device)
+        if lengths.is_floating_point() or lengths.dtype == torch.bool:
+            raise ValueError(f"numbers of {lengths.dtype}")
+        if lengths.ndim > 0 and lengths.shape != shown.shape[:1]:
+            raise ValueError(f"a shape of {list(lengths.shape)}")
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"n_prompt_tokens was {given!r} for {len(shown)} rows: give one whole number, or one for each row"
-        )
+        ) from error
     return lengths.expand(len(shown))
 
 

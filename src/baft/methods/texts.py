@@ -59,7 +59,7 @@ def measured(
     Args:
         host: The host.
         encoder: Its encoder.
-        edited: The host with what is in force on it.
+        edited: The host with the patches and the prompter in force; interventions take no part.
         texts: The texts.
 
     Returns:
