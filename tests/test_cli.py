@@ -420,6 +420,11 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(
     assert said.endswith(
         "is more than an edit set (in it: notes.txt) and is not replaced: choose another name"
     )
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Path, "iterdir", lambda _: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+        )
+        assert "cannot be read: Permission denied" in failed("edit", *prompted(ROME), "--save", beside)
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
     assert "is read-only" in failed("edit", *prompted(ROME), "--save", tmp_path / "x.baft")
 

@@ -127,18 +127,14 @@ def require_free(path: str | Path) -> None:
     """Refuses a place where something stands that is no edit set, or not that alone.
 
     Raises:
-        ArtifactError: If it does, or the place cannot be read.
+        ArtifactError: If it does.
+        OSError: If the place cannot be read.
     """
     given = Path(path)
     folder = _real(given)
     if not os.path.lexists(folder):
         return
-    try:
-        names = {one.name for one in folder.iterdir()} if folder.is_dir() else {"a file"}
-    except OSError as error:
-        raise ArtifactError(
-            f"{given} cannot be read: {error.strerror or error}; mend its permissions"
-        ) from error
+    names = {one.name for one in folder.iterdir()} if folder.is_dir() else {"a file"}
     strangers = sorted(name for name in names if name not in (CONFIG, EDITS) and not is_piece(name))
     if not names or strangers:
         what = ", ".join(strangers) or "nothing"

@@ -201,4 +201,9 @@ def require_place(path: Path) -> None:
         raise ArtifactError(f"{path} cannot be written: there is no folder {folder}; make it first")
     if not os.access(folder, os.W_OK):
         raise ArtifactError(f"{path} cannot be written: {folder} is read-only; choose another folder")
-    require_free(path)
+    try:
+        require_free(path)
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be read: {error.strerror or error}; try again, or choose another name"
+        ) from error
