@@ -420,7 +420,10 @@ def test_an_edit_that_breaks_off_changes_nothing(story, where, monkeypatch):
 
     puts = iter([interrupt])
     if where != "commit" and editor.name in READ:  # there is no step: storing and measuring take their place
-        monkeypatch.setattr(editor, "store" if where == "first step" else "margins", interrupt)
+        if where == "first step":
+            monkeypatch.setattr(editor, "store", interrupt)
+        else:
+            monkeypatch.setattr("baft.methods.reading.measured", interrupt)
     elif where == "loss":
         for module in ("training", "descent", "ultraedit"):
             loss = "row_cross_entropy" if module == "ultraedit" else "target_cross_entropy"
