@@ -366,7 +366,7 @@ class Model:
         if not ids:
             raise UndoError("no edit is named: give the id of one, as in `edits`")
         gone = tuple(one.edit for one in self.edits if one.edit.id in ids)
-        if self._editor is not None and len(gone) == len(self.edits) == len(set(ids)):
+        if self._editor is not None and gone and len(gone) == len(self.edits) == len(set(ids)):
             self.undo(len(self._editor.requests))
         else:
             self._restore(artifact.without(self._edit_set(), ids))
