@@ -114,6 +114,55 @@ def test_what_a_set_replaces_is_kept_when_it_is_put_behind_another() -> None:
         assert types.replaced(left.requests) == {rome}
 
 
+def test_what_was_replaced_stays_so_whichever_set_comes_first(tmp_path: Path) -> None:
+    both = independent(*TEXTS[:2])
+    rome, oslo = (one.edit.id for one in both.edits)
+    both.memory["replaces"]["1"] = [[oslo, rome]]
+    path = written(tmp_path / "both.baft", both)
+    run("remove", path, "1", "-o", tmp_path / "less.baft")
+    less = artifact.read(tmp_path / "less.baft")
+    for one, other in ((both, less), (less, both)):
+        merged = artifact.merge(one, other)
+        assert [each.edit.id for each in merged.edits] == [rome, oslo]
+        assert types.replaced(merged.requests) == {rome}
+        assert merged.memory == both.memory
+    added = json.loads(run("merge", tmp_path / "less.baft", path, "--json").stdout)["added"]
+    assert [one["target"] for one in added] == ["Rome"]
+    found = json.loads(run("show", tmp_path / "less.baft", "--json").stdout)["edits"]
+    assert [(one["target"], one["request"], one["replaced"]) for one in found] == [
+        ("Rome", 0, True),
+        ("Oslo", 1, False),
+    ]
+
+
+def test_a_chain_of_what_was_replaced_is_put_together_in_its_order() -> None:
+    whole = independent(*TEXTS, ("The tower is in", "Kyiv"))
+    rome, oslo, paris, kyiv = (one.edit.id for one in whole.edits)
+    whole.memory["replaces"] = {"1": [[oslo, rome]], "2": [[paris, oslo]]}
+    last = artifact.subset(whole, [paris])
+    merged = artifact.merge(last, whole)
+    assert [one.edit.id for one in merged.edits] == [rome, oslo, paris, kyiv]
+    assert types.replaced(merged.requests) == {rome, oslo}
+    assert merged.requests[2].unrelated == whole.requests[2].unrelated
+    without_one = artifact.subset(whole, [rome, paris])  # what Oslo replaced, Paris replaces there
+    merged = artifact.merge(without_one, whole)
+    assert [one.edit.id for one in merged.edits] == [rome, oslo, paris, kyiv]
+    assert types.replaced(merged.requests) == {rome, oslo}
+
+
+def test_sets_that_replace_in_a_circle_leave_something_in_force() -> None:
+    first, second = independent(*TEXTS[:2]), independent(TEXTS[2], *TEXTS[:2])
+    rome, oslo, paris = (each.edit.id for each in (*first.edits, second.edits[0]))
+    first.memory["replaces"] = {"1": [[oslo, rome]]}
+    second.memory["replaces"] = {"0": [[paris, oslo]], "1": [[rome, paris]]}
+    merged = artifact.merge(first, second)
+    assert [each.edit.id for each in merged.edits] == [paris, rome, oslo]
+    assert types.replaced(merged.requests) == {paris, rome}
+    merged = artifact.merge(second, first)  # of Rome and Oslo, both there, the first set says nothing
+    assert [each.edit.id for each in merged.edits] == [paris, rome, oslo]
+    assert types.replaced(merged.requests) == {paris}
+
+
 def test_sets_that_replace_each_other_s_edits_are_taken_apart() -> None:
     one, other = independent(*TEXTS), independent(*TEXTS[:2])
     rome, oslo, paris = (each.edit.id for each in one.edits)

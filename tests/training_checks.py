@@ -8,6 +8,7 @@ from baft.hosts.architecture import Site, input_device, site_device
 from baft.hosts.background import background, background_text
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
+from baft.types import Edit
 from tiny import CHATML, tiny_host, tiny_tokenizer
 
 PRESETS = (("baft", "default"), ("baft", "paper"), ("baft", "paper-rloc"), ("reft", "default"))
@@ -79,6 +80,35 @@ def check_shut_gates_in_batches(*, dtype, device):
     assert not same[0]  # control
 
 
+def check_scopes(monkeypatch, *, dtype, device):
+    """Edits of the default method: each as if alone, in any order, taken out; else the host's bits."""
+    monkeypatch.setattr("baft.scope.untrained._MIDPOINT", 0.99)  # tiny hosts' tokens are letters
+    edits = (Edit(PROMPT, TARGET), Edit("The king of France was", "Al"), Edit("Nine hats of", "Co"))
+    asked = [edit.prompt for edit in edits] + ["Nothing in particular", "A river"]
+
+    pair = _pair(device, dtype)
+
+    def logits_with(model, *edits):
+        for edit in edits:
+            report = model.edit(edit, method="baft-bank", n_others=1, schedule="constant", **QUICK)
+            assert report.succeeded
+        return torch.stack([model.logits(prompt) for prompt in asked])
+
+    bare = logits_with(baft.load(pair))
+    assert (bare.dtype, bare.device.type) == (dtype, device)
+    model = baft.load(pair)
+    every = logits_with(model, *edits)
+    fewer = baft.load(pair)
+    assert torch.equal(logits_with(fewer, edits[0])[0], every[0])
+    assert not any(torch.equal(every[i], bare[i]) for i in range(3))  # control
+    assert torch.equal(every[3:], bare[3:])
+    assert torch.equal(logits_with(baft.load(pair), *reversed(edits)), every)
+    model.remove(edits[1].id)
+    assert torch.equal(logits_with(model), logits_with(fewer, edits[2]))
+    model.undo(2)
+    assert torch.equal(logits_with(model), bare)
+
+
 def check_saving_across(folder, made_on, read_on):
     """What is learned on one device is said on another, and comes back to the first bit for bit."""
     made = loaded(torch.float64, made_on)
@@ -95,8 +125,8 @@ def check_saving_across(folder, made_on, read_on):
     assert torch.equal(back.logits(PROMPT), want)
 
 
-def _pair(device):
-    model = loaded(torch.float64, device)
+def _pair(device, dtype=torch.float64):
+    model = loaded(dtype, device)
     return model.host, model.tokenizer
 
 

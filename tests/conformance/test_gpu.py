@@ -30,6 +30,7 @@ from training_checks import (
     check_background,
     check_editing,
     check_saving_across,
+    check_scopes,
     check_shut_gates_in_batches,
     learn,
     loaded,
@@ -100,6 +101,11 @@ def test_shut_gates_leave_every_bit(family, dtype, batch):
 @pytest.mark.parametrize("preset", PRESETS, ids="/".join)
 def test_an_edit_is_learned_and_taken_back(preset, dtype):
     check_editing(*preset, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_edits_with_a_scope_do_not_know_each_other(monkeypatch, dtype):
+    check_scopes(monkeypatch, dtype=dtype, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -8,6 +8,7 @@ from training_checks import (
     check_background,
     check_editing,
     check_saving_across,
+    check_scopes,
     check_shut_gates_in_batches,
 )
 
@@ -31,6 +32,11 @@ def test_an_edit_is_learned_and_taken_back(preset, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_prompts_on_which_no_gate_opens_keep_every_bit_in_a_batch(dtype):
     check_shut_gates_in_batches(dtype=dtype, device=CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_edits_with_a_scope_do_not_know_each_other(monkeypatch, dtype):
+    check_scopes(monkeypatch, dtype=dtype, device=CPU)
 
 
 def test_an_artifact_goes_from_one_device_to_another(tmp_path):

@@ -10,6 +10,7 @@ from baft.evals.asking import Asker
 from baft.evals.experiment import Rendering, is_rendering
 from baft.evals.renderings import (
     after_unrelated_tokens,
+    after_unrelated_words,
     doubted,
     in_conversation,
     negated,
@@ -48,8 +49,20 @@ def test_unrelated_tokens_stand_before_the_prompt(host, n):
     assert probe.tag == "edit+after_unrelated_tokens"
     other = Probe("e", "generality", "Where is the tower?", "Rome")
     assert not after_unrelated_tokens(other, encoder, n).prompt.startswith(filler[:40])
-    with pytest.raises(ConfigError, match="at least 1 token before the prompt, got n=0"):
+    with pytest.raises(ConfigError, match="at least 1 long, got n=0"):
         after_unrelated_tokens(TOWER, encoder, 0)
+
+
+@pytest.mark.parametrize("n", [1, 200, 10_000])
+def test_unrelated_words_stand_before_the_prompt(n):
+    probe = after_unrelated_words(TOWER, n)
+    filler = probe.prompt.removesuffix(TOWER.prompt)
+    assert filler != probe.prompt
+    longest = max(len(one.split()) for one in background_text()["sentences"])
+    assert n <= len(filler.split()) < n + longest
+    assert probe.tag == "edit+after_unrelated_words"
+    with pytest.raises(ConfigError, match="at least 1 long, got n=0"):
+        after_unrelated_words(TOWER, 0)
 
 
 @pytest.mark.parametrize(
@@ -101,12 +114,14 @@ def test_a_case_asks_its_prompt_and_its_first_rephrasing_in_harder_ways(host):
         ("generality", "rephrase+distracting_prefix"),
         ("generality", "edit+after_unrelated_tokens"),
         ("generality", "rephrase+after_unrelated_tokens"),
+        ("generality", "edit+after_unrelated_words"),
+        ("generality", "rephrase+after_unrelated_words"),
         ("locality", "edit+negated"),
         ("locality", "rephrase+negated"),
         ("generality", "edit+in_conversation"),
         ("generality", "rephrase+in_conversation"),
     ]
-    assert [bool(probe.chat) for probe in made] == [False] * 6 + [True] * 2
+    assert [bool(probe.chat) for probe in made] == [False] * 8 + [True] * 2
     assert made[1].prompt == "Everybody keeps talking about Paris. You see the tower in"
     assert made[1].aliases == ("Roma",)
     assert all(probe.prompt.endswith(("in", "of")) for probe in made)

@@ -264,6 +264,37 @@ def test_a_neighbor_that_would_shut_the_edit_is_refused(host, model):
     assert model.edits == ()
 
 
+@pytest.mark.parametrize("near", ["Which hat is the ninth", "Which hat is the ninth one"])
+def test_a_neighbor_that_would_shut_a_rephrasing_is_refused(host, model, near):
+    other = "Which hat is the ninth"
+    edit = dataclasses.replace(HATS, rephrasings=(other,), neighbors=(near,))
+    with pytest.raises(InputError, match=f"near to '{other}' that the edit would not act on this rephrasing"):
+        model.edit(edit, **OPTIONS)
+    assert model.edits == ()
+    model.edit(dataclasses.replace(edit, rephrasings=()), **OPTIONS)  # its own prompt is far from it
+    assert torch.equal(model.logits(near), in_force(host).logits(near))
+
+
+def test_misshapen_tensors_are_refused(host):
+    editor, request = editor_of(host), EditRequest((TOWER,))
+    editor.apply(request)
+    state, site = editor.state_dict(), editor.sites[0].layer
+    n_channels, n_tokens, n_dims = state[f"{TOWER.id}.vectors"].shape
+    wrong = {
+        "vectors": torch.zeros(n_channels, n_tokens, n_dims + 1),
+        "weights": torch.zeros(n_channels, n_tokens - 1),
+        "lengths": torch.tensor([n_tokens + 1]),
+        "thresholds": torch.zeros(2),
+        f"layer{site}.b": torch.zeros(1),
+        f"layer{site}.A": state[f"{TOWER.id}.layer{site}.A"][:2],
+        f"layer{editor.sites[-1].layer}.R": torch.zeros(1, n_dims),
+    }
+    for name, tensor in wrong.items():
+        with pytest.raises(DamagedArtifactError, match="has shape"):
+            editor.load_state_dict({**state, f"{TOWER.id}.{name}": tensor}, (request,))
+    editor.load_state_dict(state, (request,))
+
+
 def test_an_empty_turn_is_no_reason_to_break_off(host, model):
     model.edit(HATS, **OPTIONS)
     empty = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
@@ -367,10 +398,14 @@ def test_a_merge_meets_what_comes_into_force_and_not_what_its_own_set_settled(
     model = in_force(host, TOWER)  # an earlier state of the same set
     assert [one.target for one in model.merge(both, on_conflict="refuse")] == ["Be"]
     assert [one.replaced for one in model.edits] == [True, False]
-    model = in_force(host, new)  # without the one that it replaced: that comes back into force, and is met
-    with pytest.raises(ConflictError, match="'Ro' conflicts with"):
-        model.merge(both, on_conflict="refuse")
+    model = in_force(host, new)  # without the one that it replaced there
+    before = logits(model)
+    assert [one.target for one in model.merge(both, on_conflict="refuse")] == ["Ro"]
+    assert [(one.edit.target, one.replaced) for one in model.edits] == [("Ro", True), ("Be", False)]
+    assert torch.equal(logits(model), before)
     assert not caplog.text
+    assert model.undo() == (new,)
+    assert torch.equal(logits(model), logits(in_force(host, TOWER)))
     apart = in_force(host)
     apart.edit(new, unrelated=["The king"], **OPTIONS)
     path = apart.save(tmp_path / "apart.baft")

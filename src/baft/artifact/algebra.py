@@ -4,7 +4,7 @@ What an edit added are the tensors whose names begin with its id, and nothing el
 without an edit is what it would be had that edit never been made.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,7 +48,8 @@ def without(edits: EditSet, ids: Collection[str]) -> EditSet:
 def merge(first: EditSet, second: EditSet) -> EditSet:
     """The edits of two sets of one host and method: those of the first, and then those only the second has.
 
-    Where edits of both could be meant by a prompt, the likelier acts, and of equals the later one.
+    Where edits of both could be meant by a prompt, the likelier acts, and of equals the later one. An edit
+    that the second set has replaced by one of the first stays out of force, and stands before that one.
 
     Raises:
         HostMismatchError: If the sets are of different hosts.
@@ -75,12 +76,43 @@ def merge(first: EditSet, second: EditSet) -> EditSet:
     state = {name: tensor for name, tensor in second.state.items() if name.partition(".")[0] not in known}
     pieces = (*first.pieces, *second.pieces)
     both = replace(first, state={**first.state, **state}, pieces=pieces)
-    # What an edit of both sets replaces is for the first to say.
+    # Whether one edit of the first replaces another is for the first to say.
     theirs = [
-        replace(request, replaces=tuple(pair for pair in request.replaces if pair[0] not in known))
+        replace(request, replaces=tuple(pair for pair in request.replaces if not known.issuperset(pair)))
         for request in second.requests
     ]
-    return _of(both, [*_with_requests(first), *moved], [*first.requests, *theirs])
+    return _of(both, _side_by_side(_with_requests(first), moved, theirs), [*first.requests, *theirs])
+
+
+def _side_by_side(
+    mine: Sequence[tuple[StoredEdit, EditRequest]],
+    added: Sequence[tuple[StoredEdit, EditRequest]],
+    theirs: Sequence[EditRequest],
+) -> list[tuple[StoredEdit, EditRequest]]:
+    """Edits of a set, and then added ones; what one of the set has replaced elsewhere stands before it."""
+    olds: dict[str, list[str]] = {}
+    for new, old in (pair for request in theirs for pair in request.replaces):
+        olds.setdefault(new, []).append(old)
+    left: dict[int, list[tuple[StoredEdit, EditRequest]]] = {}
+    for pair in added:
+        left.setdefault(pair[0].request, []).append(pair)
+    found: list[tuple[StoredEdit, EditRequest]] = []
+    for one, request in mine:
+        below = _below([edit.id for edit in request.edits], olds)
+        for number in [n for n, group in left.items() if any(old.edit.id in below for old, _ in group)]:
+            found += left.pop(number)
+        found.append((one, request))
+    return found + [pair for group in left.values() for pair in group]
+
+
+def _below(ids: Collection[str], olds: Mapping[str, Sequence[str]]) -> set[str]:
+    """What some edits have replaced, and what that had."""
+    found, left = set[str](), list(ids)
+    while left:
+        new = [old for old in olds.get(left.pop(), ()) if old not in found]
+        found.update(new)
+        left += new
+    return found
 
 
 def _known(edits: EditSet, ids: Collection[str]) -> frozenset[str]:

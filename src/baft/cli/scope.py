@@ -99,6 +99,6 @@ def _bounds(head: "Head") -> str:
         f"with 95 % confidence at most {found.named_bound:.1%} of neighbors with another subject and "
         f"{found.other_relation:.0%} of those with another relation fire an edit ({found.n_near} of each "
         f"asked); with {found.n_edits} edits {found.n_fired} of {found.n_asked} questions about "
-        "something else fired one; an ordinary text that does not say what a given edit says fires it "
-        f"with a probability of at most 1/{len(head.ordinary.lengths) + 1}"
+        "something else fired one; an ordinary text fires a given edit with a probability of at most "
+        f"1/{len(head.ordinary.lengths) + 1}, unless the edit is itself about what such texts say"
     )

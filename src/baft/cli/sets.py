@@ -76,7 +76,8 @@ def merge(
     place = save or artifact
     require_place(place)
     write(place, both)
-    added = [one.edit for one in both.edits[len(first.edits) :]]
+    known = {one.edit.id for one in first.edits}
+    added = [one.edit for one in both.edits if one.edit.id not in known]
     data = {"saved": str(place), "added": [one.to_dict() for one in added], "n_edits": len(both.edits)}
     rows = [(one.prompt, one.target) for one in added]
     end = f"{count(len(both.edits), 'edit')} in {place}"

@@ -16,7 +16,14 @@ from baft.errors import ConfigError
 from baft.types import EditCase, Probe
 
 Scorer = Literal["teacher_forced", "generate", "generate_chat", "chat_questions", "gates", "fluency", "cost"]
-Rendering = Literal["distracting_prefix", "after_unrelated_tokens", "negated", "doubted", "in_conversation"]
+Rendering = Literal[
+    "distracting_prefix",
+    "after_unrelated_tokens",
+    "after_unrelated_words",
+    "negated",
+    "doubted",
+    "in_conversation",
+]
 Stage = Literal["immediate", "final"]
 
 

@@ -7,7 +7,7 @@ are set against; which of them a probe gets depends on its prompt alone. The tag
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
 
@@ -56,6 +56,8 @@ def _renderings(case: EditCase, how: Rendering, encoder: Encoder) -> Iterator[Pr
                 yield with_distracting_prefix(probe, edit.ground_truth)
             case "after_unrelated_tokens":
                 yield after_unrelated_tokens(probe, encoder)
+            case "after_unrelated_words":
+                yield after_unrelated_words(probe)
             case "negated":
                 yield negated(probe)
             case "in_conversation":
@@ -87,14 +89,32 @@ def after_unrelated_tokens(probe: Probe, encoder: Encoder, n: int = 200) -> Prob
     Raises:
         ConfigError: If `n` is not positive.
     """
+
+    def n_tokens(text: str) -> int:
+        return len(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    return _rendered(probe, "after_unrelated_tokens", _filler(probe, n, n_tokens) + probe.prompt)
+
+
+def after_unrelated_words(probe: Probe, n: int = 200) -> Probe:
+    """The probe behind unrelated whole sentences, the fewest that have `n` words together.
+
+    Raises:
+        ConfigError: If `n` is not positive.
+    """
+    filler = _filler(probe, n, lambda text: len(text.split()))
+    return _rendered(probe, "after_unrelated_words", filler + probe.prompt)
+
+
+def _filler(probe: Probe, n: int, length: Callable[[str], int]) -> str:
     if n < 1:
-        raise ConfigError(f"there must be at least 1 token before the prompt, got n={n}")
-    filler, n_tokens = "", 0
+        raise ConfigError(f"something must stand before the prompt, at least 1 long, got n={n}")
+    filler, so_far = "", 0
     for sentence in cycle(_sentences(probe)):
         filler += f"{sentence} "
-        n_tokens += len(encoder.tokenizer(f"{sentence} ", add_special_tokens=False)["input_ids"])
-        if n_tokens >= n:
-            return _rendered(probe, "after_unrelated_tokens", f"{filler}{probe.prompt}")
+        so_far += length(f"{sentence} ")
+        if so_far >= n:
+            return filler
     raise AssertionError("a cycle does not end")
 
 

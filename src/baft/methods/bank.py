@@ -292,14 +292,27 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
         edited.router = Bank(self._scope, edits, state, self.sites, self._bank) if edits else None
 
     def layout(self, requests: Sequence[EditRequest], state: State) -> Layout:
-        """Of every edit its bases at each site, and its keys."""
+        """Of every edit its bases at each site, all of one rank, and its keys, by its wordings and tokens."""
         found: dict[str, tuple[int | None, ...]] = {}
+        head, width = self._scope.head, self._d_model
         for edit in (edit for request in requests for edit in request.edits):
-            found |= {f"{edit.id}.{name}": (None,) * n_axes for name, n_axes in _KEYS.items()}
+            n_wordings, lengths = 1 + len(edit.rephrasings), state.get(f"{edit.id}.lengths")
+            n_tokens = None if lengths is None else int(lengths.sum())
+            shapes: dict[str, tuple[int | None, ...]] = {
+                "vectors": (len(head.discounts), n_tokens, head.n_dims),
+                "weights": (len(head.discounts), n_tokens),
+                "lengths": (n_wordings,),
+                "thresholds": (n_wordings,),
+                "head": (),
+                "spelling": (None,),
+                "name_weights": (None,),
+            }
+            found |= {f"{edit.id}.{name}": shapes[name] for name in _KEYS}
+            first = state.get(_name(edit.id, self.sites[0], "b"))
+            rank = len(first) if first is not None and first.ndim == 1 else None
             for site in self.sites:
                 for part in _BASES:
-                    shape = (None,) if part == "b" else (None, self._d_model)
-                    found[_name(edit.id, site, part)] = shape
+                    found[_name(edit.id, site, part)] = (rank,) if part == "b" else (rank, width)
         return found
 
     def explain(self, ids: Sequence[int], n_prompt_tokens: int) -> tuple[GateReading, ...]:
@@ -400,7 +413,7 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
     def _train(
         self, edits: Sequence[Edit], unrelated: Sequence[str], on_step: OnStep | None
     ) -> tuple[list[TrainingResult | EditError], dict[str, Tensor], str | None]:
-        """Trains every edit by itself, with twice the bases where it takes them.
+        """Trains every edit by itself, with twice and four times the bases where it takes them.
 
         Returns:
             How each went, the tensors of all, and why the whole host was run in every step, if it was.
@@ -496,15 +509,7 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
 
 _MET_AT_ONCE = 256  # new edits, or prompts, that are compared with all edits
 _BASES = ("R", "A", "b")
-_KEYS = {  # of `EditKeys`: axes of each
-    "vectors": 3,
-    "weights": 2,
-    "lengths": 1,
-    "thresholds": 1,
-    "head": 0,
-    "spelling": 1,
-    "name_weights": 1,
-}
+_KEYS = tuple(field.name for field in dataclasses.fields(EditKeys))
 
 
 def _keys_in(state: State, edits: Sequence[str], device: torch.device) -> list[EditKeys]:

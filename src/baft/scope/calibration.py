@@ -7,8 +7,10 @@ confidence of 95 % at most a given share of each kind passes (an exact binomial 
 are compared; what then is left of other subjects is counted. *Ordinary text* is kept out by a threshold of an
 edit's own, the highest that any of a fixed list of texts reaches: a further text like them exceeds it with a
 probability of at most one in their number plus one (split conformal prediction, Vovk et al. 2005). Texts that
-say what the edit says are not among them: somebody may edit what one of the list asks. It depends on the
-edit's keys and on what is fixed for the host, never on other edits.
+the head takes for the edit's own prompt do not count, for somebody may edit what one of the list asks; of an
+edit for which any is left out ("The water is", 3 of 380; "The", 102) the bound does not hold. That is two of
+CounterFact's 10,000 edits. The threshold depends on the edit's keys and on what is fixed for the host, never
+on other edits.
 """
 
 import math

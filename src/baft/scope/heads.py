@@ -76,6 +76,11 @@ class Head:
         """What 24 tokens of distance from the end of a prompt cost."""
         return self.net.discounts
 
+    @property
+    def n_dims(self) -> int:
+        """Width of the vectors."""
+        return self.ordinary.vectors.shape[-1]
+
     def keys(
         self, features: Float[Tensor, "edit token n_features"], real: Bool[Tensor, "edit token"]
     ) -> ScopeKeys:

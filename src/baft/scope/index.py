@@ -31,6 +31,10 @@ class Judge(Protocol):
     def discounts(self) -> Float[Tensor, " channel"]:
         """What 24 tokens of distance from the end of a prompt cost."""
 
+    @property
+    def n_dims(self) -> int:
+        """Width of the vectors."""
+
     def keys(
         self, features: Float[Tensor, "edit token n_features"], real: Bool[Tensor, "edit token"]
     ) -> ScopeKeys:

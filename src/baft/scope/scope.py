@@ -69,12 +69,12 @@ class Scope:
         Args:
             edits: The edits; each is found by its prompt and by its rephrasings, but not by its neighbors.
             unrelated: Prompts by which none of them is found, either.
-            made: Whether they were made before, when another head read their scope: an edit that would never
-                act for one of its neighbors then acts, and a warning says so.
+            made: Whether they were made before, when another head read their scope: a wording on which an
+                edit would never act for one of its neighbors then has it act on both, and a warning says so.
 
         Raises:
             InputError: If a neighbor or an unrelated prompt is so near to a new edit that it would not act on
-                its own prompt any more, raw or as a chat.
+                its own prompt or one of its rephrasings any more, raw or as a chat.
         """
         found = self._keys(edits)
         spared = self.read(self.asked(unrelated)) if unrelated else None
@@ -142,14 +142,17 @@ class Scope:
         reached = torch.cat([index.log_probability(one) for one in asked])
         clear = _CLEARANCE_COARSE if self.reader.host.model.dtype in _COARSE else _CLEARANCE
         strict = replace(keys, thresholds=torch.maximum(keys.thresholds, reached.amax(0) + clear))
-        ways = self.asked([edit.prompt])
-        if self._shuts([edit.prompt], keys, strict):
-            nearest = (*unrelated, *edit.neighbors)[int(reached.amax(1).argmax()) // len(ways)]
-            why = f"{nearest!r} shall stay as it is, and is so near to {edit.prompt!r}"
+        for wording in (edit.prompt, *edit.rephrasings):
+            if not self._shuts([wording], keys, strict):
+                continue
+            n_ways = len(self.asked([wording]))
+            nearest = (*unrelated, *edit.neighbors)[int(reached.amax(1).argmax()) // n_ways]
+            why = f"{nearest!r} shall stay as it is, and is so near to {wording!r}"
             if not made:
+                whose = "its own prompt" if wording == edit.prompt else "this rephrasing"
                 raise InputError(
-                    f"{why} that the edit would not act on its own prompt, raw or as a chat: leave it out, "
-                    "or reword it"
+                    f"{why} that the edit would not act on {whose}, raw or as a chat: leave one of the two "
+                    "out, or reword it"
                 )
             logger.warning("%s, by the scope head of now, that the edit acts on both", why)
             return keys

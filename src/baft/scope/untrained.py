@@ -56,6 +56,11 @@ class UntrainedHead(nn.Module):
         """A number that tells this head from others: the same for all, which follow from the host."""
         return _RECIPE
 
+    @property
+    def n_dims(self) -> int:
+        """Width of the vectors: the host's."""
+        return len(self.mean)
+
     def vectors(
         self, features: Float[Tensor, "row token n_features"]
     ) -> Float[Tensor, "1 row token d_model"]:
