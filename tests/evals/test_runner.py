@@ -532,8 +532,10 @@ def test_fluency_is_taken_of_each_edits_prompt(experiment, host, file, tmp_path)
 
 
 def test_probes_are_asked_in_harder_ways(experiment, host, host_of, tmp_path):
-    roomy = Host("llama", tiny_host(max_position_embeddings=4096), host.tokenizer, "llama")
-    every = {"renderings": get_args(Rendering), "scorers": ("generate", "generate_chat")}
+    roomy = Host("llama", tiny_host(max_position_embeddings=1024), host.tokenizer, "llama")
+    # Letters are tokens here, and 200 words of them would take a minute.
+    renderings = tuple(how for how in get_args(Rendering) if how != "after_unrelated_words")
+    every = {"renderings": renderings, "scorers": ("generate", "generate_chat")}
     rows = rows_of(Bench(experiment(protocols=(SEQUENTIAL,), **every), host=roomy), tmp_path)
     last = [row for row in rows if row["stage"] == "final"]
     for row in last:
@@ -543,8 +545,6 @@ def test_probes_are_asked_in_harder_ways(experiment, host, host_of, tmp_path):
             ("generality", "space+distracting_prefix"),
             ("generality", "edit+after_unrelated_tokens"),
             ("generality", "space+after_unrelated_tokens"),
-            ("generality", "edit+after_unrelated_words"),
-            ("generality", "space+after_unrelated_words"),
             ("locality", "edit+negated"),
             ("locality", "space+negated"),
             ("generality", "edit+in_conversation"),
