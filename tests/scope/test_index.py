@@ -20,7 +20,7 @@ class Head:
 
     def __init__(self):
         self.net = ScopeHead(7, n_dims=DIM).double().requires_grad_(False)
-        self.fingerprint, self.discounts = 0, self.net.discounts
+        self.fingerprint, self.discounts, self.n_dims = 0, self.net.discounts, DIM
         self.vectors = self.keys = self.thresholds = self.log_probability  # never asked
 
     def log_probability(self, scores):

@@ -16,7 +16,7 @@ from tiny import CHATML, tiny_host, tiny_tokenizer
 class Untrained(ScopeHead):
     """Two channels, and an edit acts everywhere."""
 
-    fingerprint = 1
+    fingerprint, n_dims = 1, 6
 
     def thresholds(self, keys):
         return keys.weights.new_full(keys.weights.shape[1:2], -1e9)

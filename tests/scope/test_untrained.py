@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from baft.errors import InputError
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from baft.scope.index import ScopeIndex
@@ -67,7 +68,9 @@ def test_a_prompt_is_about_an_edit_that_it_repeats(scope):
         ]
     )
     assert index.find(scope.read([earlier])).tolist() == [-1]  # the last user turn is what is asked
-    [strict] = scope.keys([edit], unrelated=["zqx"])
+    with pytest.raises(InputError, match="'zqx' shall stay as it is, and is so near to 'zqx'"):
+        scope.keys([edit], unrelated=["zqx"])
+    [strict] = scope.keys([Edit(edit.prompt, "Co")], unrelated=["zqx"])
     assert ScopeIndex(scope.head, [strict]).find(scope.read(rows)).tolist() == [0, -1, -1, 0]
 
 
