@@ -19,24 +19,17 @@ import baft
 from baft.data.counterfact import CounterFactFlat
 from baft.hosts.background import background_text
 from baft.methods.bank import BankEditor
-from baft.types import Edit, EditRequest
+from baft.types import EditRequest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from bank_scale import fill
 
 
-def holding(pair: object, edits: list[Edit], state: dict[str, torch.Tensor] | None = None) -> baft.Model:
-    """A model with so many edits in force, by a table or with random bases."""
-    model = baft.load(pair)
-    model.edit(edits[0])
-    editor = model._editor
+def editor_of(model: baft.Model) -> BankEditor:
+    """The editor of the default method that a model has, or would take."""
+    editor = model._editor_for("baft-bank", "default", 0, {})
     assert isinstance(editor, BankEditor), "it is the default"
-    if state is None:
-        fill(editor, edits)
-    else:
-        editor.load_state_dict(state, [EditRequest((edit,)) for edit in edits])
-    model._put_in_force(editor, "default", tuple((True,) for _ in edits))
-    return model
+    return editor
 
 
 def main() -> None:
@@ -50,11 +43,19 @@ def main() -> None:
     pair = (plain.host, plain.tokenizer)
     cases = CounterFactFlat(Path(os.environ["BAFT_DATA"])).cases("edit")
     edits = list({case.edit.prompt: case.edit for case in cases}.values())[: args.edits]
-    full = holding(pair, edits)
     out = edits[len(edits) // 2]
     left = [edit for edit in edits if edit != out]
-    state = {name: one for name, one in full._editor.tensors().items() if not name.startswith(out.id)}
-    never = holding(pair, left, state)
+    full, never = baft.load(pair), baft.load(pair)
+    full.edit(edits[0])  # the others get bases of its shape
+    fill(editor_of(full), edits)
+    full._put_in_force(editor_of(full), "default", tuple((True,) for _ in edits))
+    tensors = editor_of(full).tensors().items()
+    others = editor_of(never)
+    others.load_state_dict(
+        {name: one for name, one in tensors if name.partition(".")[0] != out.id},
+        [EditRequest((edit,)) for edit in left],
+    )
+    never._put_in_force(others, "default", tuple((True,) for _ in left))
     asked = [*(edit.prompt for edit in left), *background_text()["canaries"]]
     before = [full.logits(prompt) for prompt in asked]
     acted = not torch.equal(full.logits(out.prompt), plain.logits(out.prompt))

@@ -49,7 +49,7 @@ def test_unrelated_tokens_stand_before_the_prompt(host, n):
     assert probe.tag == "edit+after_unrelated_tokens"
     other = Probe("e", "generality", "Where is the tower?", "Rome")
     assert not after_unrelated_tokens(other, encoder, n).prompt.startswith(filler[:40])
-    with pytest.raises(ConfigError, match="at least 1 long, got n=0"):
+    with pytest.raises(ConfigError, match="at least 1 token before the prompt, got n=0"):
         after_unrelated_tokens(TOWER, encoder, 0)
 
 
@@ -61,7 +61,7 @@ def test_unrelated_words_stand_before_the_prompt(n):
     longest = max(len(one.split()) for one in background_text()["sentences"])
     assert n <= len(filler.split()) < n + longest
     assert probe.tag == "edit+after_unrelated_words"
-    with pytest.raises(ConfigError, match="at least 1 long, got n=0"):
+    with pytest.raises(ConfigError, match="at least 1 word before the prompt, got n=0"):
         after_unrelated_words(TOWER, 0)
 
 

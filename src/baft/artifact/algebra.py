@@ -90,28 +90,45 @@ def _side_by_side(
     theirs: Sequence[EditRequest],
 ) -> list[tuple[StoredEdit, EditRequest]]:
     """Edits of a set, and then added ones; what one of the set has replaced elsewhere stands before it."""
-    olds: dict[str, list[str]] = {}
-    for new, old in (pair for request in theirs for pair in request.replaces):
-        olds.setdefault(new, []).append(old)
-    left: dict[int, list[tuple[StoredEdit, EditRequest]]] = {}
-    for pair in added:
-        left.setdefault(pair[0].request, []).append(pair)
+    olds, left, groups = _olds(theirs), _by_request(added), _by_request(mine)
+    number_of = {one.edit.id: one.request for one, _ in added}
     found: list[tuple[StoredEdit, EditRequest]] = []
-    for one, request in mine:
-        below = _below([edit.id for edit in request.edits], olds)
-        for number in [n for n, group in left.items() if any(old.edit.id in below for old, _ in group)]:
-            found += left.pop(number)
-        found.append((one, request))
+    for group in groups.values():
+        below = _below([one.edit.id for one, _ in group], olds)
+        for number in sorted({number_of[old] for old in below if old in number_of}):
+            found += left.pop(number, [])
+        found += group
     return found + [pair for group in left.values() for pair in group]
 
 
-def _below(ids: Collection[str], olds: Mapping[str, Sequence[str]]) -> set[str]:
-    """What some edits have replaced, and what that had."""
-    found, left = set[str](), list(ids)
+def _by_request(
+    pairs: Sequence[tuple[StoredEdit, EditRequest]],
+) -> dict[int, list[tuple[StoredEdit, EditRequest]]]:
+    found: dict[int, list[tuple[StoredEdit, EditRequest]]] = {}
+    for pair in pairs:
+        found.setdefault(pair[0].request, []).append(pair)
+    return found
+
+
+def _olds(requests: Sequence[EditRequest]) -> dict[str, list[str]]:
+    """What each edit has replaced."""
+    found: dict[str, list[str]] = {}
+    for new, old in (pair for request in requests for pair in request.replaces):
+        found.setdefault(new, []).append(old)
+    return found
+
+
+def _below(
+    ids: Collection[str], olds: Mapping[str, Sequence[str]], ends: Collection[str] = ()
+) -> dict[str, None]:
+    """What some edits have replaced, what that had, and so on as far as `ends`; in the order it is met."""
+    found, left = dict[str, None](), list(ids)
     while left:
-        new = [old for old in olds.get(left.pop(), ()) if old not in found]
-        found.update(new)
-        left += new
+        for old in olds.get(left.pop(), ()):
+            if old not in found:
+                found[old] = None
+                if old not in ends:
+                    left.append(old)
     return found
 
 
@@ -152,20 +169,10 @@ def _with_what_they_replace(
     before: Sequence[EditRequest], kept: Sequence[EditRequest], ids: Collection[str]
 ) -> list[EditRequest]:
     """Requests without the edits that are gone: what one of these replaced goes to whoever replaced it."""
-    replaces: dict[str, list[str]] = {}
-    for request in before:
-        for new, old in request.replaces:
-            replaces.setdefault(new, []).append(old)
+    olds = _olds(before)
 
     def held_by(new: str) -> list[str]:
-        found: list[str] = []
-        left, seen = [new], {new}
-        while left:
-            for old in replaces.get(left.pop(), []):
-                if old not in seen:
-                    seen.add(old)
-                    (found if old in ids else left).append(old)
-        return found
+        return [old for old in _below([new], olds, ends=ids) if old in ids and old != new]
 
     return [
         replace(

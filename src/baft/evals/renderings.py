@@ -93,7 +93,7 @@ def after_unrelated_tokens(probe: Probe, encoder: Encoder, n: int = 200) -> Prob
     def n_tokens(text: str) -> int:
         return len(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    return _rendered(probe, "after_unrelated_tokens", _filler(probe, n, n_tokens) + probe.prompt)
+    return _rendered(probe, "after_unrelated_tokens", _filler(probe, n, "token", n_tokens) + probe.prompt)
 
 
 def after_unrelated_words(probe: Probe, n: int = 200) -> Probe:
@@ -102,13 +102,13 @@ def after_unrelated_words(probe: Probe, n: int = 200) -> Probe:
     Raises:
         ConfigError: If `n` is not positive.
     """
-    filler = _filler(probe, n, lambda text: len(text.split()))
+    filler = _filler(probe, n, "word", lambda text: len(text.split()))
     return _rendered(probe, "after_unrelated_words", filler + probe.prompt)
 
 
-def _filler(probe: Probe, n: int, length: Callable[[str], int]) -> str:
+def _filler(probe: Probe, n: int, unit: str, length: Callable[[str], int]) -> str:
     if n < 1:
-        raise ConfigError(f"something must stand before the prompt, at least 1 long, got n={n}")
+        raise ConfigError(f"there must be at least 1 {unit} before the prompt, got n={n}")
     filler, so_far = "", 0
     for sentence in cycle(_sentences(probe)):
         filler += f"{sentence} "

@@ -297,7 +297,7 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
         head, width = self._scope.head, self._d_model
         for edit in (edit for request in requests for edit in request.edits):
             n_wordings, lengths = 1 + len(edit.rephrasings), state.get(f"{edit.id}.lengths")
-            n_tokens = None if lengths is None else int(lengths.sum())
+            n_tokens = None if lengths is None or lengths.is_floating_point() else int(lengths.sum())
             shapes: dict[str, tuple[int | None, ...]] = {
                 "vectors": (len(head.discounts), n_tokens, head.n_dims),
                 "weights": (len(head.discounts), n_tokens),
@@ -307,7 +307,7 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
                 "spelling": (None,),
                 "name_weights": (None,),
             }
-            found |= {f"{edit.id}.{name}": shapes[name] for name in _KEYS}
+            found |= {f"{edit.id}.{name}": shape for name, shape in shapes.items()}
             first = state.get(_name(edit.id, self.sites[0], "b"))
             rank = len(first) if first is not None and first.ndim == 1 else None
             for site in self.sites:
@@ -413,7 +413,7 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
     def _train(
         self, edits: Sequence[Edit], unrelated: Sequence[str], on_step: OnStep | None
     ) -> tuple[list[TrainingResult | EditError], dict[str, Tensor], str | None]:
-        """Trains every edit by itself, with twice and four times the bases where it takes them.
+        """Trains every edit by itself, with twice the bases, and again, where it takes them.
 
         Returns:
             How each went, the tensors of all, and why the whole host was run in every step, if it was.

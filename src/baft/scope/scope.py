@@ -69,8 +69,8 @@ class Scope:
         Args:
             edits: The edits; each is found by its prompt and by its rephrasings, but not by its neighbors.
             unrelated: Prompts by which none of them is found, either.
-            made: Whether they were made before, when another head read their scope: a wording on which an
-                edit would never act for one of its neighbors then has it act on both, and a warning says so.
+            made: Whether they were made before, when another head read their scope: an edit that would never
+                act for one of its neighbors then acts, and a warning says so.
 
         Raises:
             InputError: If a neighbor or an unrelated prompt is so near to a new edit that it would not act on
@@ -94,7 +94,7 @@ class Scope:
                 [strict] = self.keys([replace(edit, neighbors=(*edit.neighbors, *found, prompt))])
             except InputError:
                 continue
-            if not self._shuts((edit.prompt, *edit.rephrasings), plain, strict):
+            if not self._shut((edit.prompt, *edit.rephrasings), plain, strict):
                 found.append(prompt)
         return tuple(found)
 
@@ -142,27 +142,28 @@ class Scope:
         reached = torch.cat([index.log_probability(one) for one in asked])
         clear = _CLEARANCE_COARSE if self.reader.host.model.dtype in _COARSE else _CLEARANCE
         strict = replace(keys, thresholds=torch.maximum(keys.thresholds, reached.amax(0) + clear))
-        for wording in (edit.prompt, *edit.rephrasings):
-            if not self._shuts([wording], keys, strict):
-                continue
-            n_ways = len(self.asked([wording]))
-            nearest = (*unrelated, *edit.neighbors)[int(reached.amax(1).argmax()) // n_ways]
-            why = f"{nearest!r} shall stay as it is, and is so near to {wording!r}"
-            if not made:
-                whose = "its own prompt" if wording == edit.prompt else "this rephrasing"
-                raise InputError(
-                    f"{why} that the edit would not act on {whose}, raw or as a chat: leave one of the two "
-                    "out, or reword it"
-                )
+        wordings = [edit.prompt] if made else [edit.prompt, *edit.rephrasings]
+        shut = self._shut(wordings, keys, strict)
+        if not shut:
+            return strict
+        named, wording = (*unrelated, *edit.neighbors), wordings[shut[0]]
+        nearest = named[int(reached[:, shut[0]].argmax()) // (len(reached) // len(named))]
+        why = f"{nearest!r} shall stay as it is, and is so near to {wording!r}"
+        if made:
             logger.warning("%s, by the scope head of now, that the edit acts on both", why)
             return keys
-        return strict
+        whose = "this rephrasing" if shut[0] else "its own prompt"
+        raise InputError(
+            f"{why} that the edit would not act on {whose}, raw or as a chat: leave one of the two out, or "
+            "reword it"
+        )
 
-    def _shuts(self, prompts: Sequence[str], keys: EditKeys, strict: EditKeys) -> bool:
-        """Whether an edit that is found by some prompts, raw or as chats, is so no more by stricter keys."""
+    def _shut(self, prompts: Sequence[str], keys: EditKeys, strict: EditKeys) -> list[int]:
+        """By which of some prompts, raw or as chats, an edit is found, and is no more by stricter keys."""
         own = self.read(self.asked(prompts))
         was, now = (ScopeIndex(self.head, [one]).find(own) for one in (keys, strict))
-        return bool(((was >= 0) & (now < 0)).any())
+        lost = ((was >= 0) & (now < 0)).view(len(prompts), -1)
+        return lost.any(1).nonzero()[:, 0].tolist()
 
     def asked(self, prompts: Sequence[str]) -> list[Row]:
         """Each prompt raw, and in the chat template where there is one."""
