@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 
@@ -61,10 +62,11 @@ def edits_of_our_text(n: int, seed: int) -> list[Edit]:
 def fill(editor: BankEditor, edits: list[Edit]) -> None:
     """Puts edits into force that were never trained: found by their own keys, with random bases."""
     like = {name.partition(".")[2]: tensor for name, tensor in editor.state.items()}
-    draw, state = torch.Generator().manual_seed(0), dict[str, torch.Tensor]()
+    state = dict[str, torch.Tensor]()
     pieces = [edits[start : start + _READ] for start in range(0, len(edits), _READ)]
     for edit, keys in zip(edits, [keys for piece in pieces for keys in editor.keys(piece)], strict=True):
         state |= {f"{edit.id}.{name}": tensor for name, tensor in keys.items()}
+        draw = torch.Generator().manual_seed(crc32(edit.id.encode()))
         for name, tensor in like.items():
             if name not in keys:
                 state[f"{edit.id}.{name}"] = 0.01 * torch.randn(tensor.shape, generator=draw)

@@ -3,7 +3,10 @@
     BAFT_DATA=../shared/data python experiments/scope_dev.py smollm2 --head FILE
     BAFT_DATA=../shared/data python experiments/scope_dev.py smollm2 --train n_dims=96 n_uses=4
 
-Without --head or --train it is the head that baft would use. Data: the first 300 cases of
+    BAFT_DATA=../shared/data python experiments/scope_dev.py smollm2 --untrained --subjects
+
+Without --head or --train it is the head that baft would use; --untrained reads by words alone, as on a host
+without one. With --subjects edits say their subject. Data: the first 300 cases of
 zsre_mend_train.1000, of counterfact-train.first5000 and of KnowEdit's train_cf; all cases of facts/tune; and
 dev_common.toml, things that have no name.
 
@@ -34,10 +37,11 @@ from baft.hosts.encoding import Encoder
 from baft.hosts.models import load_host
 from baft.hosts.turns import Row
 from baft.scope.heads import Head, find_head, read_head, train_head
-from baft.scope.index import ScopeIndex
+from baft.scope.index import Judge, ScopeIndex
 from baft.scope.reading import Reader
 from baft.scope.scope import Scope
 from baft.scope.training import ScopeConfig
+from baft.scope.untrained import untrained_head
 from baft.types import Edit, EditCase, Probe
 
 N_CASES, N_IN_CONTEXT, N_WORDS = 300, 60, 200
@@ -91,10 +95,15 @@ def in_chat(encoder: Encoder) -> Callable[[Probe], Row]:
     return lambda probe: encoder.chat([*messages, {"role": "user", "content": probe.prompt}])
 
 
-def ask(scope: Scope, cases: Sequence[EditCase], row: Callable[[Probe], Row]) -> dict[str, Asked]:
+def ask(
+    scope: Scope, cases: Sequence[EditCase], row: Callable[[Probe], Row], *, subjects: bool = False
+) -> dict[str, Asked]:
     """All probes of some cases, by kind and tag, against all of their edits."""
-    plain_edits = [Edit(case.edit.prompt, case.edit.target) for case in cases]
-    index = ScopeIndex(scope.head, scope.keys(plain_edits))
+    edits = [
+        Edit(case.edit.prompt, case.edit.target, subject=case.edit.subject if subjects else None)
+        for case in cases
+    ]
+    index = ScopeIndex(scope.head, scope.keys(edits))
     kinds: dict[str, list[tuple[int, Probe]]] = {}
     for i, case in enumerate(cases):
         for probe in case.probes:
@@ -122,9 +131,11 @@ def settings(given: Sequence[str]) -> ScopeConfig:
 
 
 @torch.no_grad()
-def evaluate(head: Head, reader: Reader, folder: Path) -> None:
-    about, n_bytes = head.about, sum(2 * one.numel() for one in head.net.parameters())
-    print(f"{about.config}\nseed {about.seed}, {about.seconds:.0f} s, {n_bytes} bytes, {about.calibration}\n")
+def evaluate(head: Judge, reader: Reader, folder: Path, *, subjects: bool) -> None:
+    if isinstance(head, Head):
+        about, n_bytes = head.about, sum(2 * one.numel() for one in head.net.parameters())
+        print(f"{about.config}\nseed {about.seed}, {about.seconds:.0f} s, {n_bytes} bytes")
+        print(f"{about.calibration}\n")
     scope, encoder = Scope(reader, head), reader.encoder
     sets = {
         "zsre": Zsre(folder).cases("train")[:N_CASES],
@@ -134,15 +145,15 @@ def evaluate(head: Head, reader: Reader, folder: Path) -> None:
         "common things": common_things(),
     }
     for name, cases in sets.items():
-        show(name, ask(scope, cases, plain(encoder)), "portability, subject_aliasing")
+        show(name, ask(scope, cases, plain(encoder), subjects=subjects), "portability, subject_aliasing")
     ways = {"behind 200 words": behind_text}
     if encoder.has_chat:
         ways["in a chat"] = in_chat
     for how, row in ways.items():
         for name in ("zsre", "facts"):
             some = [replace(case, probes=_rephrased(case)) for case in sets[name][:N_IN_CONTEXT]]
-            show(name, ask(scope, some, plain(encoder)))
-            show(f"{name}, {how}", ask(scope, some, row(encoder)))
+            show(name, ask(scope, some, plain(encoder), subjects=subjects))
+            show(f"{name}, {how}", ask(scope, some, row(encoder), subjects=subjects))
 
 
 def common_things() -> list[EditCase]:
@@ -165,18 +176,24 @@ def main() -> None:
     parser.add_argument("host", nargs="?", default="smollm2")
     parser.add_argument("--head", type=Path, help="a file that `baft scope train --out` wrote")
     parser.add_argument("--train", nargs="*", metavar="KEY=VALUE", help="train a head by these settings")
+    parser.add_argument("--untrained", action="store_true", help="read by words alone")
+    parser.add_argument("--subjects", action="store_true", help="edits say their subject")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="where to keep what --train trained")
     given = parser.parse_args()
     host = load_host(given.host)
-    if given.train is not None:
+    reader = Reader(host, Encoder.for_host(host))
+    head: Judge | None
+    if given.untrained:
+        head = untrained_head(reader)
+    elif given.train is not None:
         out = given.out or Path(tempfile.mkdtemp()) / "head.safetensors"
         head = train_head(host, settings(given.train), seed=given.seed, path=out)
     else:
         head = read_head(given.head, host) if given.head else find_head(host)
         if head is None:
             parser.error(f"there is no head for {given.host}: give --head or --train")
-    evaluate(head, Reader(host, Encoder.for_host(host)), Path(os.environ["BAFT_DATA"]))
+    evaluate(head, reader, Path(os.environ["BAFT_DATA"]), subjects=given.subjects)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`baft remove` and `baft merge`: saved edits taken apart and put together, without their host."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,32 @@ def test_what_was_replaced_stays_so_whichever_set_comes_first(tmp_path: Path) ->
         ("Rome", 0, True),
         ("Oslo", 1, False),
     ]
+
+
+def test_what_was_made_together_is_parted_where_one_was_replaced_and_one_was_not() -> None:
+    whole = independent(*TEXTS, ("The tower is in", "Kyiv"))
+    rome, oslo, paris, kyiv = (one.edit.id for one in whole.edits)
+    numbers = (0, 1, 1, 2)  # Oslo and Paris in one call
+    parts = tuple(replace(one, request=i) for one, i in zip(whole.edits, numbers, strict=True))
+    memory = {"unrelated": {"1": ["near both"]}, "replaces": {"1": [[paris, rome]], "2": [[kyiv, oslo]]}}
+    whole = replace(whole, edits=parts, memory=memory)
+    assert types.replaced(whole.requests) == {rome, oslo}
+    last = artifact.subset(whole, [kyiv])
+    for merged in (artifact.merge(last, whole), artifact.merge(whole, last)):
+        assert types.replaced(merged.requests) == {rome, oslo}
+        unrelated = {edit.id: one.unrelated for one in merged.requests for edit in one.edits}
+        assert unrelated[oslo] == unrelated[paris] == ("near both",)
+    assert [one.edit.id for one in artifact.merge(last, whole).edits] == [oslo, kyiv, rome, paris]
+    assert [one.request for one in artifact.merge(last, whole).edits] == [0, 1, 2, 3]
+    assert artifact.merge(whole, last).edits == whole.edits
+
+
+def test_of_its_own_edits_the_first_set_says_which_are_in_force() -> None:
+    kept, settled = independent(*TEXTS[:2]), independent(*TEXTS[:2])
+    rome, oslo = (one.edit.id for one in kept.edits)
+    settled.memory["replaces"]["1"] = [[oslo, rome]]
+    assert types.replaced(artifact.merge(kept, settled).requests) == frozenset()
+    assert types.replaced(artifact.merge(settled, kept).requests) == {rome}
 
 
 def test_a_chain_of_what_was_replaced_is_put_together_in_its_order() -> None:

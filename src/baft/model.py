@@ -393,7 +393,9 @@ class Model:
         """Puts the edits of an artifact beside those in force, without training anything.
 
         Edits that are in force already are left out. One that the artifact replaced by another is replaced
-        here, too, whatever is to be done about conflicts: that was settled there.
+        here, too, whatever is to be done about conflicts: that was settled there. (Two that both are in force
+        here stay so.) What one of here replaced there comes to stand before that one, and `undo` counts calls
+        in their order here.
 
         Args:
             path: The artifact.

@@ -285,13 +285,20 @@ def test_misshapen_tensors_are_refused(host):
         "weights": torch.zeros(n_channels, n_tokens - 1),
         "lengths": torch.tensor([n_tokens + 1]),
         "thresholds": torch.zeros(2),
-        f"layer{site}.b": torch.zeros(1),
+        f"layer{site}.b": torch.zeros(0),
         f"layer{site}.A": state[f"{TOWER.id}.layer{site}.A"][:2],
         f"layer{editor.sites[-1].layer}.R": torch.zeros(1, n_dims),
     }
     for name, tensor in wrong.items():
         with pytest.raises(DamagedArtifactError, match="has shape"):
             editor.load_state_dict({**state, f"{TOWER.id}.{name}": tensor}, (request,))
+    of_bases = {f"{TOWER.id}.layer{one.layer}.{part}" for one in editor.sites for part in "RAb"}
+    none = {name: tensor[:0] if name in of_bases else tensor for name, tensor in state.items()}
+    with pytest.raises(DamagedArtifactError, match="has shape"):
+        editor.load_state_dict(none, (request,))
+    for lengths in (torch.tensor([float(n_tokens)]), torch.tensor([0]), torch.tensor([n_tokens + 1, -1])):
+        with pytest.raises(DamagedArtifactError, match=r"lengths' holds .* in torch\..*, expected"):
+            editor.load_state_dict({**state, f"{TOWER.id}.lengths": lengths}, (request,))
     editor.load_state_dict(state, (request,))
 
 

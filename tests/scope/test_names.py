@@ -75,6 +75,16 @@ def test_what_each_names_that_the_other_does_not():
     assert cost_of(other, named(("porsche", 0.3), ("910", 0.7))) == pytest.approx(COST * 0.7)
 
 
+def test_of_a_prompt_whose_names_are_not_known_all_that_the_edit_names_is_wanted():
+    hopper = named(("where", 0.2), ("grace", 0.3), ("hopper", 0.5)).only("The Grace  HOPPER")
+    assert hopper == named(("where", 0.0), ("grace", 1.0), ("hopper", 1.0))
+    for words, missing in (("was hoppers grace", 0.0), ("was hopper", 0.5), ("was ada", 1.0)):
+        prompt = Names(tuple(words.split()), (0.0,) * len(words.split()))
+        assert cost_of(hopper, prompt, both=False) == pytest.approx(COST * missing)
+        assert cost_of(hopper, prompt) == 0.0  # it names nothing that it would have to
+    assert cost_of(named(("the", 1.0), ("ada", 1.0)).only("the"), prompt, both=False) == 0.0
+
+
 def test_words_that_name_nothing_stand_for_no_name():
     """'a' is no initial of Amsterdam, nor 'the' a short form of Theresa, but the same word is the same."""
     city = named(("amsterdam", 0.9), ("theresa", 0.9))

@@ -74,6 +74,41 @@ def test_a_prompt_is_about_an_edit_that_it_repeats(scope):
     assert ScopeIndex(scope.head, [strict]).find(scope.read(rows)).tolist() == [0, -1, -1, 0]
 
 
+def test_an_edit_that_says_its_subject_acts_only_where_that_is_said(scope, monkeypatch):
+    monkeypatch.setattr("baft.scope.untrained._MIDPOINT", 0.0)
+    prompts = ["What did Zelda like", "What did Hugo like", "Zelda liked", "what did zeldA like"]
+    asked = scope.read([scope.reader.encoder.prompt(one) for one in prompts])
+    without, with_it, elsewhere = scope.keys(
+        [
+            Edit(prompts[0], "Co"),
+            Edit(prompts[0], "Co", subject="Zelda"),
+            Edit(prompts[0], "Co", subject="Link"),  # of which the prompt says nothing
+        ]
+    )
+    found = [ScopeIndex(scope.head, [one]).find(asked).tolist() for one in (without, with_it, elsewhere)]
+    assert found == [[0, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 0]]
+    both = ScopeIndex(scope.head, scope.keys([Edit(prompts[1], "Al", subject="Hugo")]))
+    zelda = ScopeIndex(scope.head, [with_it])
+    assert not zelda.acts_on(both).any()
+    assert not both.acts_on(zelda).any()
+    assert ScopeIndex(scope.head, [without]).acts_on(both).all()
+
+
+def test_an_edit_made_before_says_what_its_neighbors_do_to_it(scope, caplog):
+    edit = Edit("Nine hats of", "Co", rephrasings=("zqx",), neighbors=("zqx",))
+    with pytest.raises(InputError, match="near to 'zqx' that the edit would not act on this rephrasing"):
+        scope.keys([edit])
+    [strict] = scope.keys([edit], made=True)
+    assert "would not act on this rephrasing" in caplog.text
+    assert "made when another head read its scope" in caplog.text
+    asked = scope.read([scope.reader.encoder.prompt(one) for one in (edit.prompt, "zqx")])
+    assert ScopeIndex(scope.head, [strict]).find(asked).tolist() == [0, -1]
+    caplog.clear()
+    assert scope.separable(edit, ["..."]) == ()
+    assert "'Nine hats of' keeps its scope: 'zqx' shall stay as it is" in caplog.text
+    assert scope.separable(Edit(edit.prompt, "Co"), ["...", edit.prompt, "zqx"]) == ("...", "zqx")
+
+
 def test_it_is_made_once_for_a_host(host, scope, monkeypatch):
     monkeypatch.setattr("baft.scope.scope.untrained_head", None)
     assert scope_of(host, Encoder.for_host(host)).head is scope.head

@@ -50,6 +50,7 @@ def merge(first: EditSet, second: EditSet) -> EditSet:
 
     Where edits of both could be meant by a prompt, the likelier acts, and of equals the later one. An edit
     that the second set has replaced by one of the first stays out of force, and stands before that one.
+    Where the first has both, and both in force, they stay so: of its own edits the first set says.
 
     Raises:
         HostMismatchError: If the sets are of different hosts.
@@ -71,8 +72,6 @@ def merge(first: EditSet, second: EditSet) -> EditSet:
             )
     known = {one.edit.id for one in first.edits}
     added = [pair for pair in _with_requests(second) if pair[0].edit.id not in known]
-    offset = 1 + max(one.request for one in first.edits)
-    moved = [(replace(one, request=one.request + offset), request) for one, request in added]
     state = {name: tensor for name, tensor in second.state.items() if name.partition(".")[0] not in known}
     pieces = (*first.pieces, *second.pieces)
     both = replace(first, state={**first.state, **state}, pieces=pieces)
@@ -81,7 +80,7 @@ def merge(first: EditSet, second: EditSet) -> EditSet:
         replace(request, replaces=tuple(pair for pair in request.replaces if not known.issuperset(pair)))
         for request in second.requests
     ]
-    return _of(both, _side_by_side(_with_requests(first), moved, theirs), [*first.requests, *theirs])
+    return _of(both, _side_by_side(_with_requests(first), added, theirs), [*first.requests, *theirs])
 
 
 def _side_by_side(
@@ -89,25 +88,32 @@ def _side_by_side(
     added: Sequence[tuple[StoredEdit, EditRequest]],
     theirs: Sequence[EditRequest],
 ) -> list[tuple[StoredEdit, EditRequest]]:
-    """Edits of a set, and then added ones; what one of the set has replaced elsewhere stands before it."""
-    olds, left, groups = _olds(theirs), _by_request(added), _by_request(mine)
-    number_of = {one.edit.id: one.request for one, _ in added}
-    found: list[tuple[StoredEdit, EditRequest]] = []
-    for group in groups.values():
+    """Edits of a set, and then added ones; what one of the set has replaced elsewhere stands before it.
+
+    So a request may be parted: those of its edits that are still in force stay behind the set's.
+    """
+    olds, left = _olds(theirs), {pair[0].edit.id: pair for pair in added}
+    places = {edit: place for place, edit in enumerate(left)}
+    parts: list[list[tuple[StoredEdit, EditRequest]]] = []
+    for group in _by_request(mine):
         below = _below([one.edit.id for one, _ in group], olds)
-        for number in sorted({number_of[old] for old in below if old in number_of}):
-            found += left.pop(number, [])
-        found += group
-    return found + [pair for group in left.values() for pair in group]
+        before = sorted((old for old in below if old in left), key=places.__getitem__)
+        parts += [*_by_request([left.pop(old) for old in before]), group]
+    parts += _by_request(list(left.values()))
+    return [
+        (replace(one, request=number), replace(request, edits=tuple(one.edit for one, _ in part)))
+        for number, part in enumerate(parts)
+        for one, request in part
+    ]
 
 
 def _by_request(
     pairs: Sequence[tuple[StoredEdit, EditRequest]],
-) -> dict[int, list[tuple[StoredEdit, EditRequest]]]:
+) -> list[list[tuple[StoredEdit, EditRequest]]]:
     found: dict[int, list[tuple[StoredEdit, EditRequest]]] = {}
     for pair in pairs:
         found.setdefault(pair[0].request, []).append(pair)
-    return found
+    return list(found.values())
 
 
 def _olds(requests: Sequence[EditRequest]) -> dict[str, list[str]]:

@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from baft.errors import EditError, InputError
+from baft.errors import DamagedArtifactError, EditError, InputError
 from baft.hosts.architecture import Site, edited_sites, find_architecture, input_device, site_device
 from baft.hosts.background import background_text
 from baft.hosts.calls import Stack
@@ -297,7 +297,12 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
         head, width = self._scope.head, self._d_model
         for edit in (edit for request in requests for edit in request.edits):
             n_wordings, lengths = 1 + len(edit.rephrasings), state.get(f"{edit.id}.lengths")
-            n_tokens = None if lengths is None or lengths.is_floating_point() else int(lengths.sum())
+            if lengths is not None and (lengths.dtype != torch.long or bool((lengths < 1).any())):
+                raise DamagedArtifactError(
+                    f"tensor '{edit.id}.lengths' holds {lengths.tolist()} in {lengths.dtype}, expected the "
+                    "tokens of each wording in torch.int64, at least one"
+                )
+            n_tokens = None if lengths is None else int(lengths.sum())
             shapes: dict[str, tuple[int | None, ...]] = {
                 "vectors": (len(head.discounts), n_tokens, head.n_dims),
                 "weights": (len(head.discounts), n_tokens),
@@ -309,7 +314,7 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
             }
             found |= {f"{edit.id}.{name}": shape for name, shape in shapes.items()}
             first = state.get(_name(edit.id, self.sites[0], "b"))
-            rank = len(first) if first is not None and first.ndim == 1 else None
+            rank = max(1, len(first)) if first is not None and first.ndim == 1 else None
             for site in self.sites:
                 for part in _BASES:
                     found[_name(edit.id, site, part)] = (rank,) if part == "b" else (rank, width)
@@ -326,7 +331,7 @@ class BankEditor(StatefulEditor, StackedEditor, ScopedEditor):
             return ()
         return (
             f"no scope head for {self.host.name}: prompts are told apart by their words alone, near "
-            "neighbors badly; train one with `baft scope train`",
+            "neighbors badly unless an edit says its subject; train one with `baft scope train`",
         )
 
     def conflicts(self, edits: Sequence[Edit], unrelated: Sequence[str] = ()) -> tuple[Conflict, ...]:

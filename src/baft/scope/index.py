@@ -181,7 +181,8 @@ class ScopeIndex:
         if above:
             names = [one for block in self._blocks for one in block.names]
             prompts = {row: asked.names(row) for row in {row for row, _ in above}}
-            taken = [cost_of(names[wording], prompts[row]) for row, wording in above]
+            both = len(self._head.discounts) > 1
+            taken = [cost_of(names[wording], prompts[row], both=both) for row, wording in above]
             found[tuple(zip(*above, strict=True))] -= found.new_tensor(taken)
         return found
 
@@ -340,6 +341,6 @@ class _Block:
         met = torch.zeros(other.n_edits, self.n_edits, dtype=torch.bool, device=margins.device)
         near = (margins > 0).nonzero()
         for (mine, theirs), margin in zip(near.tolist(), margins[margins > 0].tolist(), strict=True):
-            if margin > cost_of(self.names[mine], other.names[theirs]):
+            if margin > cost_of(self.names[mine], other.names[theirs], both=len(self.vectors) > 1):
                 met[other.edit[theirs], self.edit[mine]] = True
         return met

@@ -57,7 +57,7 @@ class Names:
         A word may be spelled like a word of a name there, or be any word there.
         """
         least = _LEAST * max(other.weights, default=0.0)
-        names = [word for word, weight in zip(other.words, other.weights, strict=True) if weight > least]
+        names = [word for word, weight in zip(other.words, other.weights, strict=True) if weight >= least]
         missing = sum(
             weight
             for word, weight in zip(self.words, self.weights, strict=True)
@@ -65,11 +65,24 @@ class Names:
         )
         return missing / sum(self.weights) if missing else 0.0
 
+    def only(self, said: str) -> "Names":
+        """The same words, of which those of another text are names, one as much as another, and no others."""
+        named = {folded(said[slice(*span)]) for span in _words(said)} - _common_words()
+        return Names(self.words, tuple(float(word in named) for word in self.words))
 
-def cost_of(one: Names, other: Names) -> float:
-    """What it takes from the log-probability that two texts are about the same, in nats."""
-    missing = one.missing_in(other)
-    return COST * min(missing, other.missing_in(one)) if missing else 0.0
+
+def cost_of(edit: Names, prompt: Names, *, both: bool = True) -> float:
+    """What it takes from the log-probability that a prompt is about an edit, in nats.
+
+    Args:
+        edit: The words of the edit's wording.
+        prompt: Those of the prompt.
+        both: Whether it is known what the prompt names. Otherwise it has to say what the edit names.
+    """
+    missing = edit.missing_in(prompt)
+    if missing and both:
+        missing = min(missing, prompt.missing_in(edit))
+    return COST * missing
 
 
 def read_names(

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
@@ -69,8 +70,9 @@ class Scope:
         Args:
             edits: The edits; each is found by its prompt and by its rephrasings, but not by its neighbors.
             unrelated: Prompts by which none of them is found, either.
-            made: Whether they were made before, when another head read their scope: an edit that would never
-                act for one of its neighbors then acts, and a warning says so.
+            made: Whether they were made before, when another head read their scope. An edit that would never
+                act for one of its neighbors then acts on both; a rephrasing that a neighbor shuts stays shut.
+                A warning says so.
 
         Raises:
             InputError: If a neighbor or an unrelated prompt is so near to a new edit that it would not act on
@@ -87,14 +89,17 @@ class Scope:
         """Those of some prompts that an edit can have as further neighbors, one beside the other.
 
         With them it still acts on its own prompt and rephrasings, raw and as chats, wherever it did before.
+        There are none for an edit whose neighbors would have it refused already; a warning says so.
         """
-        [plain], found = self.keys([edit], made=True), list[str]()
+        try:
+            self.keys([edit])
+        except InputError as error:  # another head read it, or another baft
+            logger.warning("%r keeps its scope: %s", edit.prompt, error)
+            return ()
+        found = list[str]()
         for prompt in prompts:
-            try:
-                [strict] = self.keys([replace(edit, neighbors=(*edit.neighbors, *found, prompt))])
-            except InputError:
-                continue
-            if not self._shut((edit.prompt, *edit.rephrasings), plain, strict):
+            with suppress(InputError):
+                self.keys([replace(edit, neighbors=(*edit.neighbors, *found, prompt))])
                 found.append(prompt)
         return tuple(found)
 
@@ -113,6 +118,8 @@ class Scope:
                 self.reader.names(*pair)
                 for pair in zip(rows, (one.weights[:, 0] for one in made), strict=True)
             ]
+            if not self.is_trained and edit.subject:
+                names = [one.only(edit.subject) for one in names]
             found.append(
                 EditKeys(
                     torch.cat([one.vectors[:, 0] for one in made], 1),
@@ -142,21 +149,22 @@ class Scope:
         reached = torch.cat([index.log_probability(one) for one in asked])
         clear = _CLEARANCE_COARSE if self.reader.host.model.dtype in _COARSE else _CLEARANCE
         strict = replace(keys, thresholds=torch.maximum(keys.thresholds, reached.amax(0) + clear))
-        wordings = [edit.prompt] if made else [edit.prompt, *edit.rephrasings]
+        wordings = (edit.prompt, *edit.rephrasings)
         shut = self._shut(wordings, keys, strict)
         if not shut:
             return strict
         named, wording = (*unrelated, *edit.neighbors), wordings[shut[0]]
         nearest = named[int(reached[:, shut[0]].argmax()) // (len(reached) // len(named))]
         why = f"{nearest!r} shall stay as it is, and is so near to {wording!r}"
-        if made:
+        if made and shut[0] == 0:
             logger.warning("%s, by the scope head of now, that the edit acts on both", why)
             return keys
         whose = "this rephrasing" if shut[0] else "its own prompt"
-        raise InputError(
-            f"{why} that the edit would not act on {whose}, raw or as a chat: leave one of the two out, or "
-            "reword it"
-        )
+        idle = f"{why} that the edit would not act on {whose}, raw or as a chat"
+        if made:
+            logger.warning("%s; it was made when another head read its scope", idle)
+            return strict
+        raise InputError(f"{idle}: leave one of the two out, or reword it")
 
     def _shut(self, prompts: Sequence[str], keys: EditKeys, strict: EditKeys) -> list[int]:
         """By which of some prompts, raw or as chats, an edit is found, and is no more by stricter keys."""
