@@ -56,7 +56,11 @@ def main() -> None:
     full, never = baft.load(pair), baft.load(pair)
     put(full, edits, like=edits[0])
     heard = editor_of(full).heard([edit.prompt for edit in edits])
-    shared = [i for i, ways in enumerate(heard) if len(ways[0].firing) > 1 and ways[0].acting == edits[i].id]
+    shared = [
+        i
+        for i, ways in enumerate(heard)
+        if i and len(ways[0].firing) > 1 and ways[0].acting == edits[i].id  # the first lends its shape
+    ]
     case = chosen[shared[0] if shared else len(chosen) // 2]
     out = case.edit
     left = [edit for edit in edits if edit != out]

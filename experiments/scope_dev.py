@@ -174,9 +174,10 @@ def _rephrased(case: EditCase) -> tuple[Probe, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("host", nargs="?", default="smollm2")
-    parser.add_argument("--head", type=Path, help="a file that `baft scope train --out` wrote")
-    parser.add_argument("--train", nargs="*", metavar="KEY=VALUE", help="train a head by these settings")
-    parser.add_argument("--untrained", action="store_true", help="read by words alone")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--head", type=Path, help="a file that `baft scope train --out` wrote")
+    which.add_argument("--train", nargs="*", metavar="KEY=VALUE", help="train a head by these settings")
+    which.add_argument("--untrained", action="store_true", help="read by words alone")
     parser.add_argument("--subjects", action="store_true", help="edits say their subject")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="where to keep what --train trained")
@@ -192,7 +193,7 @@ def main() -> None:
     else:
         head = read_head(given.head, host) if given.head else find_head(host)
         if head is None:
-            parser.error(f"there is no head for {given.host}: give --head or --train")
+            parser.error(f"there is no head for {given.host}: give --head, --train or --untrained")
     evaluate(head, reader, Path(os.environ["BAFT_DATA"]), subjects=given.subjects)
 
 

@@ -324,7 +324,8 @@ class Model:
     def undo(self, n: int = 1) -> tuple[Edit, ...]:
         """Takes the last `n` calls of `edit` back, every bit of them, or none; without any the host is back.
 
-        Each edit of `edit_many` counts as a call, and each call whose edits an artifact brought (`merge`).
+        Each edit of `edit_many` counts as a call, and each call whose edits an artifact brought (`merge`);
+        one of which a part only had been replaced there counts as two.
         What `remove` and `subset` took out is not brought back.
 
         Returns:
@@ -393,9 +394,9 @@ class Model:
         """Puts the edits of an artifact beside those in force, without training anything.
 
         Edits that are in force already are left out. One that the artifact replaced by another is replaced
-        here, too, whatever is to be done about conflicts: that was settled there. (Two that both are in force
-        here stay so.) What one of here replaced there comes to stand before that one, and `undo` counts calls
-        in their order here.
+        here, too, whatever is to be done about conflicts: that was settled there. (Two of which both are in
+        force here stay so, unless a third that the artifact brings stands between them.) What an edit of here
+        replaced there comes to stand before it, and `undo` counts calls in their order here.
 
         Args:
             path: The artifact.

@@ -460,7 +460,7 @@ def test_what_an_added_set_replaced_itself_meets_nothing(host, tmp_path, caplog)
 
 def test_a_merge_reads_strange_scopes_once(host, tmp_path, monkeypatch, caplog):
     path = in_force(host, KING, HATS).save(tmp_path / "a.baft")
-    monkeypatch.setattr("baft.scope.untrained._RECIPE", 2)
+    monkeypatch.setattr("baft.scope.untrained._RECIPE", 3)
     model, read, as_it_was = in_force(host, TOWER), [], Scope.keys
 
     def keys(self, edits, *rest, **options):
@@ -514,7 +514,7 @@ def test_edits_made_and_read_in_inference_mode_are_like_any_other(host, tmp_path
     with torch.inference_mode():
         model = in_force(host, TOWER)
         path = in_force(host, KING).save(tmp_path / "a.baft")
-        monkeypatch.setattr("baft.scope.untrained._RECIPE", 2)
+        monkeypatch.setattr("baft.scope.untrained._RECIPE", 3)
         model.merge(path)  # its scope is read anew
     state = model._editor.state
     assert int(state[f"{KING.id}.head"]) == model._editor._scope.fingerprint
@@ -659,7 +659,7 @@ def test_scopes_that_another_head_read_are_read_anew(host, alone, tmp_path, monk
     path, want, zqx = model.save(tmp_path / "a.baft"), logits(model), model.logits("zqx")
     head = model._editor._scope.head
     other = UntrainedHead(head.mean + 0.01, head.whitening)
-    monkeypatch.setattr("baft.scope.untrained._RECIPE", 2)
+    monkeypatch.setattr("baft.scope.untrained._RECIPE", 3)
     monkeypatch.setitem(scope._untrained, host.model, other)
     again = baft.load(path, host=(host.model, host.tokenizer))
     assert torch.equal(logits(again), want)
@@ -688,7 +688,7 @@ def test_scopes_from_before_names_were_compared_are_read_anew(host):
 def test_a_saved_edit_that_another_head_takes_for_a_neighbor_still_loads(host, tmp_path, monkeypatch, caplog):
     model = in_force(host, dataclasses.replace(TOWER, neighbors=("Nothing",)), KING)
     path = model.save(tmp_path / "a.baft")
-    monkeypatch.setattr("baft.scope.untrained._RECIPE", 2)
+    monkeypatch.setattr("baft.scope.untrained._RECIPE", 3)
     monkeypatch.setattr(UntrainedHead, "log_probability", lambda _, scores: 0 * scores[0] - 0.1)
     again = baft.load(path, host=(host.model, host.tokenizer))
     assert [one.edit.prompt for one in again.edits] == [TOWER.prompt, KING.prompt]

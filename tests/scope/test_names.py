@@ -78,9 +78,10 @@ def test_what_each_names_that_the_other_does_not():
 def test_of_a_prompt_whose_names_are_not_known_all_that_the_edit_names_is_wanted():
     hopper = named(("where", 0.2), ("grace", 0.3), ("hopper", 0.5)).only("The Grace  HOPPER")
     assert hopper == named(("where", 0.0), ("grace", 1.0), ("hopper", 1.0))
-    for words, missing in (("was hoppers grace", 0.0), ("was hopper", 0.5), ("was ada", 1.0)):
+    said = {"was hoppers grace": 0, "was g hopper": 0, "was hopper": 1, "was ada": 1, "the g s as how": 1}
+    for words, missing in said.items():
         prompt = Names(tuple(words.split()), (0.0,) * len(words.split()))
-        assert cost_of(hopper, prompt, both=False) == pytest.approx(COST * missing)
+        assert cost_of(hopper, prompt, both=False) == COST * missing
         assert cost_of(hopper, prompt) == 0.0  # it names nothing that it would have to
     assert cost_of(named(("the", 1.0), ("ada", 1.0)).only("the"), prompt, both=False) == 0.0
 

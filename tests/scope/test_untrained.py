@@ -87,6 +87,13 @@ def test_an_edit_that_says_its_subject_acts_only_where_that_is_said(scope, monke
     )
     found = [ScopeIndex(scope.head, [one]).find(asked).tolist() for one in (without, with_it, elsewhere)]
     assert found == [[0, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 0]]
+    near = ["What did A's Zelda like", "What did Z. Zel like", "What did z's a like", "Zelda Fitz liked"]
+    asked = scope.read([scope.reader.encoder.prompt(one) for one in near])
+    [double] = scope.keys([Edit("What did Zelda Sayre like", "Co", subject="Zelda Sayre")])
+    assert ScopeIndex(scope.head, [with_it]).find(asked).tolist() == [0, 0, 0, 0]
+    assert ScopeIndex(scope.head, [double]).find(asked).tolist() == [-1, -1, -1, -1]
+    as_another = scope.keys([Edit(near[1], "Al", subject="Hugo"), Edit(near[3], "Al", subject="Zelda")])
+    assert ScopeIndex(scope.head, [with_it]).acts_on(ScopeIndex(scope.head, as_another)).all()
     both = ScopeIndex(scope.head, scope.keys([Edit(prompts[1], "Al", subject="Hugo")]))
     zelda = ScopeIndex(scope.head, [with_it])
     assert not zelda.acts_on(both).any()
@@ -100,7 +107,7 @@ def test_an_edit_made_before_says_what_its_neighbors_do_to_it(scope, caplog):
         scope.keys([edit])
     [strict] = scope.keys([edit], made=True)
     assert "would not act on this rephrasing" in caplog.text
-    assert "made when another head read its scope" in caplog.text
+    assert "or an earlier baft, made it so" in caplog.text
     asked = scope.read([scope.reader.encoder.prompt(one) for one in (edit.prompt, "zqx")])
     assert ScopeIndex(scope.head, [strict]).find(asked).tolist() == [0, -1]
     caplog.clear()

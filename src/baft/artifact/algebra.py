@@ -50,7 +50,8 @@ def merge(first: EditSet, second: EditSet) -> EditSet:
 
     Where edits of both could be meant by a prompt, the likelier acts, and of equals the later one. An edit
     that the second set has replaced by one of the first stays out of force, and stands before that one.
-    Where the first has both, and both in force, they stay so: of its own edits the first set says.
+    Where the first has both, and both in force, they stay so: which of its own edits replaced which directly,
+    the first set says.
 
     Raises:
         HostMismatchError: If the sets are of different hosts.
@@ -100,11 +101,11 @@ def _side_by_side(
         before = sorted((old for old in below if old in left), key=places.__getitem__)
         parts += [*_by_request([left.pop(old) for old in before]), group]
     parts += _by_request(list(left.values()))
-    return [
-        (replace(one, request=number), replace(request, edits=tuple(one.edit for one, _ in part)))
-        for number, part in enumerate(parts)
-        for one, request in part
-    ]
+    found: list[tuple[StoredEdit, EditRequest]] = []
+    for number, part in enumerate(parts):
+        request = replace(part[0][1], edits=tuple(one.edit for one, _ in part))
+        found += [(replace(one, request=number), request) for one, _ in part]
+    return found
 
 
 def _by_request(

@@ -341,6 +341,6 @@ class _Block:
         met = torch.zeros(other.n_edits, self.n_edits, dtype=torch.bool, device=margins.device)
         near = (margins > 0).nonzero()
         for (mine, theirs), margin in zip(near.tolist(), margins[margins > 0].tolist(), strict=True):
-            if margin > cost_of(self.names[mine], other.names[theirs], both=len(self.vectors) > 1):
+            if margin > cost_of(self.names[mine], other.names[theirs], both=len(head.discounts) > 1):
                 met[other.edit[theirs], self.edit[mine]] = True
         return met

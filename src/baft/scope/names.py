@@ -57,7 +57,7 @@ class Names:
         A word may be spelled like a word of a name there, or be any word there.
         """
         least = _LEAST * max(other.weights, default=0.0)
-        names = [word for word, weight in zip(other.words, other.weights, strict=True) if weight >= least]
+        names = [word for word, weight in zip(other.words, other.weights, strict=True) if weight > least]
         missing = sum(
             weight
             for word, weight in zip(self.words, self.weights, strict=True)
@@ -66,7 +66,10 @@ class Names:
         return missing / sum(self.weights) if missing else 0.0
 
     def only(self, said: str) -> "Names":
-        """The same words, of which those of another text are names, one as much as another, and no others."""
+        """The same words, of which those of another text are names, one as much as another, and no others.
+
+        Words that stand in any text are none, wherever they stand.
+        """
         named = {folded(said[slice(*span)]) for span in _words(said)} - _common_words()
         return Names(self.words, tuple(float(word in named) for word in self.words))
 
@@ -77,12 +80,14 @@ def cost_of(edit: Names, prompt: Names, *, both: bool = True) -> float:
     Args:
         edit: The words of the edit's wording.
         prompt: Those of the prompt.
-        both: Whether it is known what the prompt names. Otherwise it has to say what the edit names.
+        both: Whether it is known what the prompt names. Otherwise any word of it may be a name, and it has to
+            say all that the edit names.
     """
+    if not both:
+        words = tuple(float(word not in _common_words()) for word in prompt.words)
+        return COST * (edit.missing_in(Names(prompt.words, words)) > 0)
     missing = edit.missing_in(prompt)
-    if missing and both:
-        missing = min(missing, prompt.missing_in(edit))
-    return COST * missing
+    return COST * min(missing, prompt.missing_in(edit)) if missing else 0.0
 
 
 def read_names(

@@ -162,7 +162,7 @@ class Scope:
         whose = "this rephrasing" if shut[0] else "its own prompt"
         idle = f"{why} that the edit would not act on {whose}, raw or as a chat"
         if made:
-            logger.warning("%s; it was made when another head read its scope", idle)
+            logger.warning("%s; another head, or an earlier baft, made it so", idle)
             return strict
         raise InputError(f"{idle}: leave one of the two out, or reword it")
 

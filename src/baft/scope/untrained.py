@@ -21,7 +21,7 @@ from baft.scope.reading import Reader
 
 _SHRINKAGE = 0.1
 _SLOPE, _MIDPOINT = 20.0, 0.7
-_RECIPE = 1  # goes up when what a head is made of changes
+_RECIPE = 2  # goes up when what a head is made of changes
 
 
 @final
