@@ -70,7 +70,7 @@ class Names:
 
         Words that stand in any text are none, wherever they stand.
         """
-        named = {folded(said[slice(*span)]) for span in _words(said)} - _common_words()
+        named = _words_in(said) - _common_words()
         return Names(self.words, tuple(float(word in named) for word in self.words))
 
 
@@ -171,6 +171,11 @@ def _words(text: str) -> Iterator[tuple[int, int]]:
         yield begin, len(text)
 
 
+def _words_in(text: str) -> set[str]:
+    """Its words, folded, each once."""
+    return {folded(text[slice(*span)]) for span in _words(text)}
+
+
 def _is_left_out(letter: str) -> bool:
     """Whether it is an accent, a space, or of no width."""
     return unicodedata.combining(letter) > 0 or letter.isspace() or unicodedata.category(letter) == "Cf"
@@ -181,5 +186,5 @@ def _common_words() -> frozenset[str]:
     """Words, not figures, that stand in many of the project's ordinary texts."""
     text = background_text()
     texts = [*text["sentences"], *text["prompts"]]
-    found = Counter(word for one in texts for word in {folded(one[slice(*span)]) for span in _words(one)})
+    found = Counter(word for one in texts for word in _words_in(one))
     return frozenset(word for word, n in found.items() if n >= _COMMON and word.isalpha())
