@@ -7,6 +7,7 @@ import torch
 
 from baft.errors import ConfigError, UnsupportedHostError
 from baft.hosts import moments as module
+from baft.hosts.architecture import find_architecture
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from baft.hosts.moments import Corpus, corpus, regularized, second_moments, texts_from
@@ -61,6 +62,24 @@ def test_they_are_the_mean_over_all_tokens(family, monkeypatch):
         torch.testing.assert_close(found[name], direct, atol=1e-12, rtol=1e-9)
         centered = (keys - keys.mean(0)).T @ (keys - keys.mean(0)) / len(keys)
         assert not torch.allclose(found[name], centered, atol=1e-3)  # control
+
+
+def test_the_host_is_run_no_further_than_the_last_module(host, encoder):
+    ran = []
+    blocks = find_architecture(host.model).blocks
+    handles = [
+        block.register_forward_pre_hook(lambda *_, i=i: ran.append(i)) for i, block in enumerate(blocks)
+    ]
+    try:
+        names = [down_projection(host.model, layer) for layer in (1, 0)]  # whichever is named first
+        found = second_moments(host, encoder, names, TEXT, 10_000)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(blocks) > 2
+    assert set(ran) == {0, 1}
+    assert set(found) == set(names)
+    assert not host.model.get_submodule(names[0])._forward_hooks
 
 
 def test_no_more_is_read_than_asked_for(host, encoder):

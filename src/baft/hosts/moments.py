@@ -28,7 +28,7 @@ from baft.hosts.kept import keep, kept_path, read_kept
 from baft.hosts.kernels import fast_linears
 from baft.hosts.models import Host
 from baft.hosts.passes import show_prompts
-from baft.hosts.patches import Seen, by_row, weight_shape
+from baft.hosts.patches import EnoughError, Seen, by_row, weight_shape
 
 logger = logging.getLogger(__name__)
 
@@ -155,11 +155,18 @@ def regularized(moments: Float[Tensor, "d_in d_in"], ridge: float) -> Float[Tens
 
 
 class _Sum:
-    """A patch that adds up `k k^T` over real tokens and changes nothing."""
+    """A patch that adds up `k k^T` over real tokens and changes nothing.
 
-    def __init__(self, d_in: int):
+    Args:
+        d_in: Inputs of the module.
+        waiting: The sums that have not seen these rows yet, this one among them. The last ends the run, for
+            nothing behind it is asked for.
+    """
+
+    def __init__(self, d_in: int, waiting: "set[_Sum]"):
         self.total = torch.zeros(d_in, d_in, dtype=torch.float64)
         self.n_tokens = 0
+        self.waiting = waiting
 
     def __call__(
         self,
@@ -171,19 +178,24 @@ class _Sum:
         keys = by_row(inputs, seen)[seen.prompt.to(inputs.device)].to("cpu", torch.float64)
         self.total.addmm_(keys.T, keys)
         self.n_tokens += len(keys)
+        self.waiting.discard(self)
+        if not self.waiting:
+            raise EnoughError
 
 
 @torch.no_grad()
 def _compute(
     host: Host, rows: Sequence[tuple[int, ...]], encoder: Encoder, modules: Sequence[str]
 ) -> dict[str, Tensor]:
-    sums = {name: _Sum(weight_shape(host.model.get_submodule(name))[1]) for name in modules}
+    waiting: set[_Sum] = set()
+    sums = {name: _Sum(weight_shape(host.model.get_submodule(name))[1], waiting) for name in modules}
     watched = EditedModel(host.model)
     watched.patches = sums
     rows = sorted(rows, key=len)
     for start in range(0, len(rows), _ROWS):
         chunk = rows[start : start + _ROWS]
-        with fast_linears():
+        waiting.update(sums.values())
+        with fast_linears(), contextlib.suppress(EnoughError):
             show_prompts(watched, encoder, chunk)
     return {name: one.total / one.n_tokens for name, one in sums.items()}
 
