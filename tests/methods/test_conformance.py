@@ -517,11 +517,12 @@ def numbers_alive():
 
 def test_reset_frees_the_memory(story):
     editor = again(story, 0)
-    for request in story.requests:
+    requests = story.requests[::2]  # a first, and a later one
+    for request in requests:
         editor.apply(request)
     editor.reset()  # what was learned of the host stays
     before = numbers_alive()
-    for request in story.requests:
+    for request in requests:
         editor.apply(request)
     assert numbers_alive() > before  # control
     editor.reset()
