@@ -9,6 +9,7 @@ from baft.hosts.background import background, background_text
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from baft.types import Edit
+from quick_methods import ASKED, ONE_STEP, READ, REQUESTS, make
 from tiny import CHATML, tiny_host, tiny_tokenizer
 
 PRESETS = (("baft", "default"), ("baft", "paper"), ("baft", "paper-rloc"), ("reft", "default"))
@@ -54,6 +55,38 @@ def check_editing(method, preset, *, dtype, device):
     model.undo()
     assert torch.equal(model.logits(PROMPT), before)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.host.state_dict().items())
+
+
+def check_method(method, *, dtype, device):
+    """Two requests are learned, found again by their state bit for bit, and undone to the host's bits."""
+    host = loaded(dtype, device)._host
+    requests = ASKED.get(method, REQUESTS)[:2]
+    encoder = Encoder.for_host(host)
+    rows = [encoder.prompt(edit.prompt) for request in requests for edit in request.edits]
+    batch = encoder.pad(rows, [len(row) for row in rows], side="right", device=device)
+
+    @torch.no_grad()
+    def logits(editor):
+        given = (batch.input_ids, batch.attention_mask)
+        return editor.edited(*given, n_prompt_tokens=batch.n_prompt_tokens).logits
+
+    editor = make(host, method, "default")
+    seen = [logits(editor)]
+    for request in requests:
+        outcome = editor.apply(request)
+        assert outcome.decoded == tuple(margin > 0 for margin in outcome.margins)
+        assert method in {*READ, *ONE_STEP} or all(outcome.decoded)
+        seen.append(logits(editor))
+    assert (seen[-1].dtype, seen[-1].device.type) == (dtype, device)
+    assert not torch.equal(seen[0], seen[1])  # controls
+    assert not torch.equal(seen[1], seen[2])
+    again = make(host, method, "default")
+    again.load_state_dict(editor.state_dict(), requests)
+    assert torch.equal(logits(again), seen[2])
+    editor.undo()
+    assert torch.equal(logits(editor), seen[1])
+    editor.reset()
+    assert torch.equal(logits(editor), seen[0])
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from baft.hosts.edited_model import EditedModel
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from baft.methods.baft import ReftEditor
+from baft.methods.base import methods
 from baft.scope.reading import Reader
 from baft.scope.training import ScopeConfig, train_scope
 from baft.types import Edit, EditRequest
@@ -29,6 +30,7 @@ from training_checks import (
     PRESETS,
     check_background,
     check_editing,
+    check_method,
     check_saving_across,
     check_scopes,
     check_shut_gates_in_batches,
@@ -101,6 +103,12 @@ def test_shut_gates_leave_every_bit(family, dtype, batch):
 @pytest.mark.parametrize("preset", PRESETS, ids="/".join)
 def test_an_edit_is_learned_and_taken_back(preset, dtype):
     check_editing(*preset, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", methods.names())
+def test_every_method_learns_and_takes_back(method, dtype):
+    check_method(method, dtype=dtype, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

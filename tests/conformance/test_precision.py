@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from baft.methods.base import methods
 from training_checks import (
     PRESETS,
     check_background,
     check_editing,
+    check_method,
     check_saving_across,
     check_scopes,
     check_shut_gates_in_batches,
@@ -27,6 +29,12 @@ def _own_cache(tmp_path_factory):
 @pytest.mark.parametrize("preset", PRESETS, ids="/".join)
 def test_an_edit_is_learned_and_taken_back(preset, dtype):
     check_editing(*preset, dtype=dtype, device=CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", methods.names())
+def test_every_method_learns_and_takes_back(method, dtype):
+    check_method(method, dtype=dtype, device=CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

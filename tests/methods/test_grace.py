@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from baft.errors import ConfigError
 from baft.hosts.encoding import Encoder
+from baft.hosts.models import Host
 from baft.hosts.patches import Seen
 from baft.methods.base import methods
 from baft.methods.grace import GAP, Codebook, CodebookPatch, GraceConfig, taken_in
 from baft.types import Edit, EditRequest
+from tiny import tiny_host, tiny_tokenizer
 
 FIRST = EditRequest((Edit("The tower is in the city of ", "R"),))
 OTHER = Edit("A river ", "d")
@@ -69,8 +71,10 @@ class TestTheRules:
     def test_with_the_same_target_the_radius_grows(self, distance, radius):
         book, place = self.take((0.0, distance), same=True)
         assert place == 0
-        assert torch.equal(book.radii, tensor(radius, 0.5))
+        torch.testing.assert_close(book.radii, tensor(radius, 0.5), atol=1e-8, rtol=0)
         assert book.keys is self.book.keys
+        beside = tensor([0.0, distance + 5e-10])  # what rounding makes of the state in another batch
+        assert book.lookup(beside)[1].tolist() == [True]
 
     @pytest.mark.parametrize("distance", [0.4, 1.5, 2.0])
     def test_with_another_target_the_distance_is_shared(self, distance):
@@ -85,7 +89,15 @@ class TestTheRules:
     def test_at_a_key_itself_the_edit_takes_it_over(self, same):
         book, place = self.take((0.0, 1e-10), same=same)
         assert place == 0
-        assert book is self.book
+        assert torch.equal(book.radii, self.book.radii)
+        assert book.keys is self.book.keys
+
+    @pytest.mark.parametrize("same", [True, False])
+    def test_a_key_that_was_split_to_nothing_holds_its_own_state_again(self, same):
+        tiny = a_book([0.0, 0.0], [100.0, 0.0], radii=(1e-12, 0.5))
+        book, place = taken_in(tiny, tensor(0.0, 1e-10), tensor(7.0), 1.0, 1e-9, [same, False])
+        assert place == 0
+        assert book.lookup(tensor([0.0, 0.0], [0.0, 1e-10]))[1].tolist() == [True, True]
 
     def test_the_first_key(self):
         nothing = Codebook(torch.zeros(0, 2).double(), torch.zeros(0, 1).double(), torch.zeros(0).double())
@@ -228,6 +240,23 @@ def test_the_same_prompt_again_takes_its_key_over(host):
     assert one.state["owners"].tolist() == [1]
     told = last_logits(one.edited, encoder, again.prompt)[0, -1].argmax()
     assert told == encoder.edit(again.prompt, again.target, eos=False).target_ids[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_makes_no_two_prompts_one(dtype):
+    """In half precision, too, every edit has a key of its own and is found in a padded batch."""
+    model = tiny_host("llama", dtype=dtype, max_position_embeddings=512)
+    host = Host("tiny", model, tiny_tokenizer(), "tiny")
+    encoder = Encoder.for_host(host)
+    prompts = ("The tower is in the city of ", "A river of ", "The king of France was ", "Nine hats of ")
+    one = editor(host, epsilon=1e-3, epsilon_unit="key_length")
+    for prompt, target in zip(prompts, ("R", "B", "R", "B"), strict=True):
+        assert one.apply(EditRequest((Edit(prompt, target),))).decoded == (True,)
+    assert len(one.state["keys"]) == len(prompts)
+    said = [encoder.edit(prompts[0], target, eos=False).target_ids[0] for target in ("R", "B")]
+    told = last_logits(one.edited, encoder, *prompts)
+    ends = [len(encoder.prompt(prompt)) - 1 for prompt in prompts]
+    assert [int(told[i, end].argmax()) for i, end in enumerate(ends)] == [*said, *said]
 
 
 def test_many_edits_stay_quick_and_share_what_they_can():

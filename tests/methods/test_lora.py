@@ -233,3 +233,11 @@ def test_a_host_in_half_precision_is_trained_in_float32():
         editor = edited(kind, host, config, REQUEST)
         assert {tensor.dtype for tensor in editor.state.values()} == {torch.float32}
         assert editor.edited(some_ids(host)).logits.dtype == torch.bfloat16
+
+
+def test_adalora_refuses_a_host_that_is_split_over_devices(monkeypatch):
+    host = Host("tiny", tiny_host(), tiny_tokenizer(), "split")
+    devices = iter(("cuda:0", "cuda:1", "cuda:1"))
+    monkeypatch.setattr("baft.methods.lora.site_device", lambda *_: torch.device(next(devices)))
+    with pytest.raises(UnsupportedHostError, match="'tiny' is split over cuda:0, cuda:1: load it on one"):
+        AdaLoraEditor(host, ADALORA)

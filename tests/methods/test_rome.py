@@ -131,6 +131,9 @@ def test_keys_are_means_over_contexts(host):
     direct = torch.stack(caught).view(2, 3, -1)
     torch.testing.assert_close(averaged, direct.mean(1), atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(alone, direct[:, 0], atol=1e-9, rtol=1e-9)
+    in_groups, _ = asked.keys({}, module, by_group=True)
+    torch.testing.assert_close(in_groups, (direct[:, 0] + direct[:, 1:].mean(1)) / 2, atol=1e-9, rtol=1e-9)
+    assert float((in_groups - averaged).abs().max()) > 1e-3  # control
 
 
 def test_the_vector_stays_within_the_clamp(host):

@@ -7,8 +7,9 @@ Source: Fang et al. 2025 (arXiv 2410.02355), section 3, and the published code
    are below a threshold (equations 8 and 9). `null_space`.
 2. Values, and residuals spread over layers, as in MEMIT. `SpreadEditor.fit`.
 3. The change that puts out `R` at `K`, leaves the keys `K_p` of earlier edits alone, and is small:
-   `Delta = R K^T P (K_p K_p^T P + K K^T P + L2 I)^-1` (equation 14 of the paper, where the last weight is 1).
-   `projected_solution`. The keys of each request are kept for those after it.
+   `Delta = R K^T P (K_p K_p^T P + K K^T P + L2 I)^-1` (equation 14 of the paper, where the last weight is 1;
+   it is 10 in the settings they publish, `hparams/AlphaEdit`, and in `paper`). `projected_solution`. The keys
+   of each request are kept for those after it.
 
 The published threshold is a number of the moments of one host's keys; `default` counts it in means of their
 diagonal instead, since hosts write in different units.
@@ -64,6 +65,7 @@ PAPER = AlphaEditConfig(
     weight_decay=0.5,
     clamp=0.75,
     threshold_unit="absolute",
+    l2=10.0,
 )
 
 
@@ -86,6 +88,7 @@ class AlphaEditEditor(SpreadEditor):
             train_eos=True,
             threshold=1.0,
             threshold_unit="mean",
+            l2=1.0,
         ),
         "paper": PAPER,
     }

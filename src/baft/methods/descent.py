@@ -78,7 +78,9 @@ class Descent:
                 stopped = "max_steps" if step == self.config.max_steps else None
             if stopped is not None:
                 return TrainingResult(tuple(margins.tolist()), tuple(losses), step, stopped)
-            found = torch.autograd.grad(loss, list(self.parameters), allow_unused=True)
+            found: Sequence[Tensor | None] = (None,)
+            if loss.requires_grad:
+                found = torch.autograd.grad(loss, list(self.parameters), allow_unused=True)
             if all(one is None for one in found):
                 raise EditError("nothing that is trained reaches the targets: train other layers")
             for parameter, gradient in zip(self.parameters, found, strict=True):

@@ -184,7 +184,7 @@ class SpreadEditor(InsertingEditor):
         made = dict(state)
         for i, site in enumerate(self.sites):
             now = self.patches(made)
-            keys, _ = edits.keys(now, self.modules[site.layer])
+            keys, _ = edits.keys(now, self.modules[site.layer], by_group=True)
             residuals = (wanted - edits.outputs(now, block)) / (len(self.sites) - i)
             down = self.solve(site.layer, keys, state)
             made |= self.pair(f"layer{site.layer}", residuals.T, down)

@@ -198,16 +198,20 @@ class KeyValues:
         self._averaged = [of_edit[: 1 + config.n_key_prefixes] for of_edit in rows]
 
     def keys(
-        self, patches: Mapping[str, Patch], module: str
+        self, patches: Mapping[str, Patch], module: str, *, by_group: bool = False
     ) -> tuple[Float[Tensor, "edit d_in"], Float[Tensor, "edit d_in"]]:
         """Each edit's key averaged over contexts, and that of the prompt alone, in float64 on the CPU.
 
         Args:
             patches: What is in force.
             module: The down-projection.
+            by_group: Whether the prompt alone weighs as much in the mean as all contexts together, or as one.
         """
-        found = self._read(patches, module, self._averaged)
-        return torch.stack([keys.mean(0) for keys, _ in found]), torch.stack([keys[0] for keys, _ in found])
+        found = [keys for keys, _ in self._read(patches, module, self._averaged)]
+        alone = torch.stack([keys[0] for keys in found])
+        if by_group and self._config.n_key_prefixes:
+            return (alone + torch.stack([keys[1:].mean(0) for keys in found])) / 2, alone
+        return torch.stack([keys.mean(0) for keys in found]), alone
 
     def outputs(self, patches: Mapping[str, Patch], module: str) -> Float[Tensor, "edit d_out"]:
         """What a module puts out at each subject's last token, for the prompt alone, in float64 on CPU."""

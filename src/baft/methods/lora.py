@@ -26,7 +26,9 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from baft.errors import ConfigError
+from baft.errors import ConfigError, UnsupportedHostError
+from baft.hosts.architecture import site_device
+from baft.hosts.models import Host
 from baft.methods.adapters import ADAPTER, Adapter, AdapterConfig, AdapterEditor
 
 
@@ -119,6 +121,9 @@ class AdaLoraEditor(AdapterEditor):
     """AdaLoRA: the product has a diagonal, on which what matters least is pruned.
 
     The rate of `default` is the published one, which did well on ten training cases of zsRE, on SmolLM2.
+
+    Raises:
+        UnsupportedHostError: If the host is split over several devices.
     """
 
     name: ClassVar[str] = "adalora"
@@ -130,6 +135,15 @@ class AdaLoraEditor(AdapterEditor):
         "paper": _PAPER_ADALORA,
     }
     config: AdaLoraConfig
+
+    def __init__(self, host: Host, config: AdaLoraConfig, *, seed: int = 0):
+        super().__init__(host, config, seed=seed)
+        devices = {str(site_device(host.model, site)) for site in self.sites}
+        if len(devices) > 1:
+            raise UnsupportedHostError(
+                "adalora adds up norms over all adapters, which peft does on one device, and "
+                f"{host.name!r} is split over {', '.join(sorted(devices))}: load it on one, or take lora"
+            )
 
     def peft_config(self, targets: list[str]) -> Any:
         """The settings in peft's own form."""

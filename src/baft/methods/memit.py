@@ -6,7 +6,8 @@ Source: Meng et al. 2023 (arXiv 2210.07229), section 4, and the published code
 1. For every edit the vector `z` that the last of the layers should put out at the subject's last token, found
    by descent on what is added to the block's output. `KeyValues.values`.
 2. Layer by layer, the keys `K` of all edits and what is still missing, `R = (z - h) / (layers left)`.
-   `SpreadEditor.fit`.
+   `SpreadEditor.fit`. A key is a mean in which the prompt alone weighs as much as all the contexts together,
+   as in the code (`compute_ks.py`; ROME's takes them all alike).
 3. The change that puts out `R` at `K`, in least squares against the outputs on ordinary keys, `C = E[k k^T]`
    being their second moments: `Delta = R K^T (weight C + K K^T)^-1` (equation 14). `solution`.
 

@@ -22,7 +22,7 @@ class DescentConfig:
     """How anything is trained: how fast, and until when.
 
     Args:
-        learning_rate: Of what is trained, by Adam (0.9, 0.999) without weight decay.
+        learning_rate: Of what is trained, by Adam (0.9, 0.999) without weight decay, or as the method says.
         schedule: Constant, or falling linearly to zero at `max_steps`.
         max_steps: Steps after which an edit has failed if it is not decoded.
         stop_loss: Stop when the cross-entropy falls below this, in nats.

@@ -141,7 +141,14 @@ class WiseConfig(DescentConfig):
             raise ConfigError(f"n_openings must be from 0 to {most_openings}, got {self.n_openings}")
 
 
-PAPER = WiseConfig(learning_rate=1.0, schedule="constant", max_steps=70, stop_loss=0.02, stop_margin=None)
+PAPER = WiseConfig(
+    learning_rate=1.0,
+    schedule="constant",
+    max_steps=70,
+    stop_loss=0.02,
+    stop_margin=None,
+    memory="retrieve",
+)
 
 
 class WiseEditor(DownProjectionEditor):
@@ -163,6 +170,7 @@ class WiseEditor(DownProjectionEditor):
         "default": replace(
             PAPER,
             optimizer="adam",
+            memory="merge",
             learning_rate=0.03,
             stop_loss=None,
             stop_margin=4.0,
