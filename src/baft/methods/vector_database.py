@@ -13,7 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 NO_BLOCK = -1
-_TIE = 1e-5  # of the radii of two clusters that were split, between which there is then no key at all
+_TIE = (
+    1e-5  # of a key's length: between the radii of two clusters that were split, and beyond the farthest key
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +85,7 @@ class VectorDatabase:
             return self._with_cluster(query, label, block, radius)
         if int(self.labels[cluster]) == label:
             return self._with_key(query, cluster, block)._regrown(cluster, radius)
-        half = distance / 2
-        # What the authors add is 1e-5, which float32 does not tell from a long key's own rounding.
-        tie = _TIE * max(1.0, float(query.norm()))
+        half, tie = distance / 2, _tie(query)
         new = self._with_cluster(query, label, block, half + tie)
         return new._shrunken(cluster, half - tie)
 
@@ -132,7 +132,8 @@ class VectorDatabase:
         center = ours.mean(0)
         centers, radii = self.centers.clone(), self.radii.clone()
         centers[cluster] = center
-        radii[cluster] = _distances(center, ours).max().clamp(min=radius)
+        # The farthest key shall not lie on the border, where another batch's rounding loses it.
+        radii[cluster] = (_distances(center, ours).max() + _tie(center)).clamp(min=radius)
         return replace(self, centers=centers, radii=radii)
 
     def _shrunken(self, cluster: int, radius: float) -> "VectorDatabase":
@@ -149,6 +150,11 @@ def _distances(
 ) -> Float[Tensor, " other"]:
     """Euclidean, by differences, so that a key is at no distance from itself."""
     return torch.linalg.vector_norm(others - query, dim=-1)
+
+
+def _tie(key: Float[Tensor, " d_key"]) -> float:
+    """What the authors add is 1e-5, which float32 does not tell from a long key's own rounding."""
+    return _TIE * max(1.0, float(key.norm()))
 
 
 def _appended(tensor: Tensor, value: float | int) -> Tensor:
