@@ -107,6 +107,53 @@ def test_lora_is_what_it_is_by_hand(host):
     assert losses[-1] < losses[0]
 
 
+def test_adalora_is_pefts_own_loop_around_the_host(host):
+    """Peft's model of the host, trained as its guide says, from the same start: every factor after the last
+    step, with a pruning in between. The distance from orthonormal is by Zhang et al., equation 7, with norms
+    that are not squared, and averaged, as in peft."""
+    config = AdaLoraConfig(
+        **{**STEPS, "max_steps": 6}, rank=2, initial_rank=4, warmup_steps=1, final_steps=1, pruning_interval=2
+    )
+    editor = AdaLoraEditor(host, config)
+    targets = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["llama"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft asks transformers by an old name
+        with seeded("adalora 0 0", torch.device("cpu")):
+            model = peft.get_peft_model(copy.deepcopy(host.model), editor.peft_config(list(targets)))
+    outcome = editor.apply(REQUEST)
+    texts = renderings(Encoder.for_host(host), EDITS, chat=False, eos=False)
+    layers = {name: model.base_model.model.get_submodule(name) for name in editor.modules}
+    trained = {
+        f"{name}.{key}": one for name in layers for key, one in editor.parameters(layers[name]).items()
+    }
+    start = {name: one.detach().clone() for name, one in trained.items()}
+    adam = torch.optim.Adam(trained.values(), lr=1e-2)
+    losses = []
+    for step in range(1, 8):
+        apart = [
+            torch.linalg.norm(product - torch.eye(4, dtype=product.dtype))
+            for name in layers
+            for product in (
+                trained[f"{name}.P"].T @ trained[f"{name}.P"],
+                trained[f"{name}.Q"] @ trained[f"{name}.Q"].T,
+            )
+        ]
+        loss = sum(loss_of(model, text) for text in texts) / len(texts)
+        loss = loss + config.orthogonality * sum(apart) / len(apart)
+        losses.append(loss.item())
+        if step < 7:
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            model.base_model.update_and_allocate(step)
+    torch.testing.assert_close(outcome.losses, tuple(losses), atol=1e-9, rtol=0)
+    for name, one in trained.items():
+        torch.testing.assert_close(editor.state[name], one.detach(), atol=1e-9, rtol=0)
+    pruned = [name for name, one in trained.items() if name.endswith(".E") and bool((one == 0).any())]
+    assert pruned  # controls: there was something to prune, and the factors moved
+    assert any(float((one.detach() - start[name]).abs().max()) > 1e-3 for name, one in trained.items())
+
+
 def loss_of(model, text):
     logits = model(torch.tensor([text.prompt_ids + text.target_ids])).logits[0]
     at = len(text.prompt_ids) - 1
