@@ -61,7 +61,10 @@ PAPER = RomeConfig(
 
 
 class RomeEditor(InsertingEditor):
-    """Rank-one edits of one down-projection."""
+    """Rank-one edits of one down-projection.
+
+    The layer of `default` is the best of six on training cases of zsRE and CounterFact, on SmolLM2.
+    """
 
     name: ClassVar[str] = "rome"
     summary: ClassVar[str] = "a rank-one change of one matrix, in closed form (Meng et al. 2022)"
@@ -74,6 +77,7 @@ class RomeEditor(InsertingEditor):
             n_prefixes=2,
             n_key_prefixes=10,
             train_eos=True,
+            layer_of_32=8,
         ),
         "paper": PAPER,
     }
