@@ -322,12 +322,16 @@ _FEWEST = 8  # so few edits are no stack: each step would read all weights for t
 
 
 class ReftEditor(BaftEditor):
-    """Representation fine-tuning (LoReFT): BaFT with every gate open."""
+    """Representation fine-tuning (LoReFT): BaFT with every gate open.
+
+    The rate of `default` is the best of three, single edits and sequences of twelve together, on training cases
+    of zsRE and CounterFact, on SmolLM2.
+    """
 
     name: ClassVar[str] = "reft"
     summary: ClassVar[str] = "the same without gates: every basis acts on every edited token (Wu et al. 2024)"
     presets: ClassVar[Mapping[str, BaftConfig]] = {
-        "default": replace(DEFAULT, bases="shared", gate="open", deepest_layers=None),
+        "default": replace(DEFAULT, bases="shared", gate="open", deepest_layers=None, learning_rate=2e-3),
         "paper": replace(PAPER, gate="open", load_balance=0.0),
     }
 
