@@ -324,8 +324,8 @@ _FEWEST = 8  # so few edits are no stack: each step would read all weights for t
 class ReftEditor(BaftEditor):
     """Representation fine-tuning (LoReFT): BaFT with every gate open.
 
-    The rate of `default` is the best of three, single edits and sequences of twelve together, on training cases
-    of zsRE and CounterFact, on SmolLM2.
+    The rate of `default` is the best of three, single edits and sequences of twelve together, on training
+    cases of zsRE and CounterFact, on SmolLM2.
     """
 
     name: ClassVar[str] = "reft"
