@@ -70,7 +70,10 @@ PAPER = AlphaEditConfig(
 
 
 class AlphaEditEditor(SpreadEditor):
-    """Edits of several down-projections in the null space of ordinary keys."""
+    """Edits of several down-projections in the null space of ordinary keys.
+
+    The layers of `default` are those that were chosen for MEMIT.
+    """
 
     name: ClassVar[str] = "alphaedit"
     summary: ClassVar[str] = "MEMIT, its changes projected off what ordinary text reads (Fang et al. 2025)"
@@ -89,6 +92,7 @@ class AlphaEditEditor(SpreadEditor):
             threshold=1.0,
             threshold_unit="mean",
             l2=1.0,
+            layers_of_32=(1, 2, 3, 4, 5),
         ),
         "paper": PAPER,
     }

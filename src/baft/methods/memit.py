@@ -52,7 +52,11 @@ PAPER = MemitConfig(
 
 
 class MemitEditor(SpreadEditor):
-    """Least-squares edits of several down-projections."""
+    """Least-squares edits of several down-projections.
+
+    The layers of `default` are those of five sets that made every edit of training cases of zsRE and CounterFact
+    and had the best mean of scores among these, on SmolLM2.
+    """
 
     name: ClassVar[str] = "memit"
     summary: ClassVar[str] = "many facts in one least-squares change of several layers (Meng et al. 2023)"
@@ -66,6 +70,7 @@ class MemitEditor(SpreadEditor):
             n_key_prefixes=10,
             train_eos=True,
             moments_weight=100.0,
+            layers_of_32=(1, 2, 3, 4, 5),
         ),
         "paper": PAPER,
     }
