@@ -7,18 +7,9 @@ from baft.types import Edit, EditRequest
 
 # A random host has nothing to build on, and all its states look alike: larger steps and wider gates than real
 # ones need, and the same whatever the presets say.
-QUICK = {
-    "learning_rate": 5e-2,
-    "max_steps": 60,
-    "stop_margin": 0.7,
-    "stop_loss": None,
-    "schedule": "constant",
-    "gate_midpoint": 0.3,
-    "output_midpoint": 0.3,
-    "gate_clearance": 0.0,
-    "gate_shrinkage": 0.05,
-    "moments_tokens": 2000,
-}
+STEPS = {"learning_rate": 5e-2, "max_steps": 60, "stop_loss": None, "stop_margin": 0.7}
+WIDE = {"gate_midpoint": 0.3, "output_midpoint": 0.3, "gate_clearance": 0.0, "gate_shrinkage": 0.05}
+QUICK = {**STEPS, **WIDE, "schedule": "constant", "moments_tokens": 2000}
 _AT_A_SUBJECT = {
     "train_eos": False,
     "clamp": 1e4,
@@ -96,6 +87,7 @@ ONE_STEP = {"ultraedit"}  # nothing is trained, and one step gets as far as it g
 
 
 def make(host, method, preset, *, seed=0, **settings):
+    """An editor by its preset, quick to learn, with those of the settings that its method has."""
     kind = methods.get(method)
     config = kind.preset(preset)
     known = {one.name for one in dataclasses.fields(config)}

@@ -34,6 +34,7 @@ from baft.hosts.edited_model import EditedModel
 from baft.hosts.speaking import Speaker
 from baft.methods.baft import ReftEditor
 from baft.report import TokenGates
+from quick_methods import WIDE
 from tiny import CHATML, EOS_ID, tiny_host, tiny_tokenizer
 from unhooked import as_users_import
 
@@ -48,10 +49,7 @@ OWN = {
     "learning_rate": 5e-2,
     "max_steps": 60,
     "stop_margin": 0.7,
-    "gate_midpoint": 0.3,
-    "output_midpoint": 0.3,
-    "gate_clearance": 0.0,
-    "gate_shrinkage": 0.05,
+    **WIDE,
 }
 SHARED = {"method": "reft", "learning_rate": 5e-2, "max_steps": 60, "stop_margin": 0.7, "layers": [1]}
 REAL_CACHE = os.environ.get("BAFT_CACHE")

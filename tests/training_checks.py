@@ -9,14 +9,11 @@ from baft.hosts.background import background, background_text
 from baft.hosts.encoding import Encoder
 from baft.hosts.models import Host
 from baft.types import Edit
-from quick_methods import ASKED, ONE_STEP, READ, REQUESTS, make
+from quick_methods import ASKED, ONE_STEP, READ, REQUESTS, STEPS, WIDE, make
 from tiny import CHATML, tiny_host, tiny_tokenizer
 
 PRESETS = (("baft", "default"), ("baft", "paper"), ("baft", "paper-rloc"), ("reft", "default"))
 PROMPT, TARGET = "The tower is in the city of", "Ro"
-# Larger steps and wider gates than real hosts need, the same whatever the presets say.
-QUICK = {"learning_rate": 5e-2, "max_steps": 60, "stop_loss": None, "stop_margin": 0.7}
-WIDE = {"gate_midpoint": 0.3, "output_midpoint": 0.3, "gate_clearance": 0.0, "gate_shrinkage": 0.05}
 
 
 def loaded(dtype, device):
@@ -28,7 +25,7 @@ def loaded(dtype, device):
 def learn(model, method="baft", preset="default"):
     """One edit, and its report."""
     gates = WIDE if (method, preset) == ("baft", "default") else {}
-    return model.edit(PROMPT, TARGET, method=method, preset=preset, **QUICK, **gates)
+    return model.edit(PROMPT, TARGET, method=method, preset=preset, **STEPS, **gates)
 
 
 def check_editing(method, preset, *, dtype, device):
@@ -123,7 +120,7 @@ def check_scopes(monkeypatch, *, dtype, device):
 
     def logits_with(model, *edits):
         for edit in edits:
-            report = model.edit(edit, method="baft-bank", n_others=1, schedule="constant", **QUICK)
+            report = model.edit(edit, method="baft-bank", n_others=1, schedule="constant", **STEPS)
             assert report.succeeded
         return torch.stack([model.logits(prompt) for prompt in asked])
 

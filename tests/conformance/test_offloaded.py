@@ -12,6 +12,7 @@ from baft.hosts.background import background
 from baft.hosts.encoding import Encoder
 from baft.hosts.identity import compare, identify
 from baft.hosts.models import load_host
+from quick_methods import STEPS, WIDE
 from tiny import CHATML, N_LAYERS, random_ids, tiny_host, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -25,15 +26,12 @@ MAPS = {
 }
 LIVE = ("some in RAM", "all in RAM", "all on disk, in files of its own")
 PROMPT, TARGET = "The tower is in the city of", "Ro"
-# Larger steps than real hosts need; the last setting ends each run when the target is decoded.
-QUICK = {"learning_rate": 5e-2, "max_steps": 60, "stop_loss": None, "stop_margin": 0.7}
-WIDE = {"gate_midpoint": 0.3, "output_midpoint": 0.3, "gate_clearance": 0.0, "gate_shrinkage": 0.05}
 SETTINGS = {
-    "bank": {"method": "baft-bank", "n_others": 1, **QUICK},
-    "default": {"method": "baft", **QUICK, **WIDE},
-    "paper": {"method": "baft", "preset": "paper", **QUICK},
-    "paper-rloc": {"method": "baft", "preset": "paper-rloc", **QUICK},
-    "reft": {"method": "reft", **QUICK},
+    "bank": {"method": "baft-bank", "n_others": 1, **STEPS},
+    "default": {"method": "baft", **STEPS, **WIDE},
+    "paper": {"method": "baft", "preset": "paper", **STEPS},
+    "paper-rloc": {"method": "baft", "preset": "paper-rloc", **STEPS},
+    "reft": {"method": "reft", **STEPS},
 }
 
 

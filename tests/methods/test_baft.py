@@ -13,11 +13,10 @@ from baft.methods.baft_config import DEFAULT, PAPER
 from baft.methods.training import TrainingResult
 from baft.nn.whitening import Whitening
 from baft.types import Edit, EditRequest
+from quick_methods import WIDE
 from tiny import tiny_host, tiny_tokenizer
 
 TOWER = EditRequest((Edit("The tower is in the city of", "Ro"),))
-# Wider gates than real hosts need, the same whatever the defaults are.
-WIDE = {"gate_midpoint": 0.3, "output_midpoint": 0.3, "gate_clearance": 0.0, "gate_shrinkage": 0.05}
 
 
 def own(host, **changes):

@@ -78,7 +78,7 @@ class Descent:
                 stopped = "max_steps" if step == self.config.max_steps else None
             if stopped is not None:
                 return TrainingResult(tuple(margins.tolist()), tuple(losses), step, stopped)
-            found: Sequence[Tensor | None] = (None,)
+            found: Sequence[Tensor | None] = ()  # where nothing that is trained is in force
             if loss.requires_grad:
                 found = torch.autograd.grad(loss, list(self.parameters), allow_unused=True)
             if all(one is None for one in found):

@@ -11,8 +11,8 @@ Sources: Hartvigsen et al. 2023 (arXiv 2211.11031), section 2 and algorithm 1; t
 3. The codebook takes the key in (`taken_in`). With `d` the distance to the nearest key, `r` that key's radius
    and `epsilon` the radius of a new key:
    - add, where `d > r + epsilon`: a new key of radius `epsilon`;
-   - expand, where the nearest key has the same target: its radius becomes `max(r, d)`, and rounding, and no
-     key is added;
+   - expand, where the nearest key has the same target: its radius becomes `max(r, d)`, here with room for
+     rounding behind `d`, and no key is added;
    - split, where it has another target: a new key of radius `d / 2`, and the old radius becomes a hair less
      than that (in the code as here, even where it was smaller before).
 4. The value, a vector in place of the module's output, begins as random numbers from [0, 1) ("cold") or as
@@ -140,8 +140,8 @@ def taken_in(
         key: The edit's state.
         value: What its value is trained from, should it get a key of its own.
         epsilon: The radius of a new key.
-        rounding: Distance up to which two states are one and the same, however they are batched: no radius
-            that is to hold a state ends nearer to it.
+        rounding: Distance up to which two states are one and the same, however they are batched; a radius
+            that is to hold a state reaches as far beyond it.
         has_target: Whether each of the keys has the same target as this edit.
     """
     radius = epsilon

@@ -153,7 +153,7 @@ def _distances(
 
 
 def _tie(key: Float[Tensor, " d_key"]) -> float:
-    """What the authors add is 1e-5, which float32 does not tell from a long key's own rounding."""
+    """A hair. The authors' is 1e-5, which of a long key float32 does not tell from its rounding."""
     return _TIE * max(1.0, float(key.norm()))
 
 
